@@ -1,0 +1,136 @@
+"""Capture: per-example gradient coordinates from an ordinary forward and backward.
+
+Forward hooks note each covered module's input, tensor hooks receive its output gradient during the backward pass, and
+both are projected onto the module's bases at once: no per-example gradient is ever formed and nothing outlives the
+layer. The hooks add nothing to the graph and change no value, so a captured step computes what an uncaptured one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .factors import Factors
+from .rules import BroadcastRule, Rule
+from .subspace import Subspace
+
+_BROADCAST_NODES = ("ExpandBackward0", "AddBackward0")
+_NODES_SEARCHED = 256
+
+
+class Capture:
+    """Hooks on the modules of ``rules`` that, while armed, fill a buffer of coordinates.
+
+    Args:
+        rules: The parameter rules; tensor ``i`` of ``subspace`` belongs to ``rules[i]``.
+        subspace: Bases to project on.
+
+    Attributes:
+        seen: Which rules delivered factors since the last :meth:`arm`.
+    """
+
+    def __init__(self, rules: list[Rule], subspace: Subspace) -> None:
+        self.rules, self.subspace = rules, subspace
+        self.seen: set[int] = set()
+        self._coordinates: Tensor | None = None
+        self._examples = 0
+        self._chosen: Tensor | slice = slice(None)
+        self._consume: Callable[[int, Factors], None] | None = None
+        broadcast: dict[nn.Module, list[int]] = {}
+        self._handles = []
+        for position, rule in enumerate(rules):
+            if isinstance(rule, BroadcastRule):
+                broadcast.setdefault(rule.module, []).append(position)
+            else:
+                hook = partial(self._module_ran, position)
+                self._handles.append(rule.module.register_forward_hook(hook, with_kwargs=True))
+        for module, positions in broadcast.items():
+            self._handles.append(module.register_forward_hook(partial(self._owner_ran, positions)))
+
+    def arm(
+        self,
+        coordinates: Tensor,
+        examples: int,
+        chosen: Tensor | slice = slice(None),
+        consume: Callable[[int, Factors], None] | None = None,
+    ) -> None:
+        """Capture the next forward and backward.
+
+        Args:
+            coordinates: Buffer to fill, shape ``(c, P)``; zeroed here.
+            examples: Number of examples in the coming forward.
+            chosen: Which ``c`` of them to capture.
+            consume: Also called with each tensor's factors, for updating the bases.
+        """
+        self._coordinates = coordinates.zero_()
+        self._examples, self._chosen, self._consume = examples, chosen, consume
+        self.seen = set()
+
+    def disarm(self) -> None:
+        """Stop capturing; hooks of a graph that was never run backward become inert."""
+        self._coordinates = None
+        self._consume = None
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self.disarm()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _module_ran(self, position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._coordinates is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        output.register_hook(partial(self._gradient_arrived, position, inputs.detach()))
+
+    def _owner_ran(self, positions: list[int], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._coordinates is None or not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        wanted = {self.rules[position].parameters[0]: position for position in positions}
+        for node, parameter in _consumers(output.grad_fn, set(wanted)):
+            node.register_prehook(partial(self._node_gradient_arrived, wanted[parameter]))
+
+    def _node_gradient_arrived(self, position: int, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            self._gradient_arrived(position, gradients[0], gradients[0])
+
+    @torch.no_grad()
+    def _gradient_arrived(self, position: int, inputs: Tensor, delta: Tensor) -> None:
+        if self._coordinates is None:
+            return
+        if delta.dtype == torch.float16:  # products of scaled gradients overflow half precision
+            delta = delta.float()
+        factors = self.rules[position].factors(inputs, delta, self._examples, self._chosen)
+        if factors is None:
+            return
+        segment = self.subspace.segments[position]
+        columns = slice(segment.start, segment.start + segment.size)
+        # A module that runs several times per forward contributes a sum.
+        self._coordinates[:, columns] += self.subspace.project(position, factors).to(self._coordinates.dtype)
+        self.seen.add(position)
+        if self._consume is not None:
+            self._consume(position, factors)
+
+
+def _consumers(root: Any, parameters: set[nn.Parameter]) -> list[tuple[Any, nn.Parameter]]:
+    """Autograd nodes near ``root`` that expand or add one of ``parameters`` directly."""
+    found, seen, frontier = [], {root}, [root]
+    while frontier and len(seen) < _NODES_SEARCHED:
+        node = frontier.pop(0)
+        for child, _ in node.next_functions:
+            if child is None or child in seen:
+                continue
+            variable = getattr(child, "variable", None)
+            if variable is not None:
+                match = next((p for p in parameters if p is variable), None)
+                if match is not None and node.name() in _BROADCAST_NODES:
+                    found.append((node, match))
+                continue
+            seen.add(child)
+            frontier.append(child)
+    return found

@@ -1,0 +1,339 @@
+"""The engine: one model's hooks, predictor and controller, and the walk through a step.
+
+It knows ``torch.nn`` only. A trainer asks for the next control fraction, runs its ordinary step inside :meth:`LGPEngine.exact`
+or :meth:`LGPEngine.spliced`, and calls :meth:`LGPEngine.finish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture
+from .controller import Controller
+from .estimator import control_size
+from .factors import Factors
+from .injection import Splice, splice_head
+from .predictor import GradientPredictor
+from .rules import coverage, trunk_rules
+from .settings import LGPSettings
+from .subspace import Subspace
+
+_BASIS_EXAMPLES = 16
+"""Examples whose gradients move the bases: enough for 16 to 32 directions when averaged over moves."""
+
+
+class SpliceBypassedError(RuntimeError):
+    """The control forward did not pass through the head's hook, so its gradient would lack the correction."""
+
+
+def private_seed(*keys: int) -> int:
+    """A well mixed 63-bit seed from integers (seed, step, micro-batch, process): stateless, so it survives any resume."""
+    return int(np.random.SeedSequence([key % 2**32 for key in keys]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Run with a private random stream and leave the global ones as they were."""
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def draw_control(examples: int, controls: int, seed: int, labelled: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+    """Draw the control examples uniformly without replacement.
+
+    Args:
+        examples: Size ``m`` of the micro-batch.
+        controls: Number ``m_c`` of control examples.
+        seed: Seed of the draw.
+        labelled: Which examples contribute to the loss, bool, shape ``(m,)``; None for all. Those without a label have no
+            gradient, so control examples are drawn among the others as long as there are any; the draw stays uniform.
+
+    Returns:
+        ``order``, int64 of shape ``(m,)`` on the device of ``labelled``: the control examples are its first ``m_c`` entries; and
+        the weight ``w`` that makes ``w * sum_S`` unbiased for the sum over all: ``m / m_c``, or the same ratio of labelled
+        examples as a tensor.
+    """
+    keys = torch.rand(examples, generator=torch.Generator().manual_seed(seed))
+    if labelled is None:
+        return keys.argsort(), examples / controls
+    order = (keys.to(labelled.device, non_blocking=True) + (~labelled).to(keys.dtype)).argsort()
+    count = labelled.sum()
+    return order, count.clamp(min=1) / count.clamp(min=1, max=controls)
+
+
+@dataclass
+class _Observation:
+    """Exact examples of one micro-batch on their way into the predictor."""
+
+    controls: int
+    chosen: Tensor | slice
+    weight: float | Tensor
+    examples: int
+    features: Tensor | None = None
+    pullbacks: Tensor | None = None
+    predicted: Tensor | None = None
+
+
+class LGPEngine:
+    """Predicted gradients with a control variate for one model.
+
+    Args:
+        model: The user's model, unwrapped; it gets hooks, nothing else.
+        head: Its classification head.
+        settings: The method's settings.
+        device: Where the predictor lives.
+
+    Attributes:
+        coverage: Share of the trunk's trainable parameters that have a rule.
+        predictor: The gradient predictor.
+        controller: The controller.
+
+    Raises:
+        ValueError: If no trunk parameter can be predicted.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Linear, settings: LGPSettings, device: torch.device) -> None:
+        self.head, self.settings, self.device = head, settings, device
+        self.rules = trunk_rules(model, head)
+        if not self.rules:
+            raise ValueError(
+                "No parameter of the trunk has a prediction rule (is everything but the head frozen?): "
+                "use `lgp_control_fraction=1`, or unfreeze some layers."
+            )
+        self.coverage = coverage(self.rules, model, head)
+        dtype = torch.promote_types(torch.float32, head.weight.dtype)
+        shapes = [(rule.rows, rule.cols) for rule in self.rules]
+        subspace = Subspace(shapes, settings.rank, seed=settings.seed, device=device, dtype=dtype)
+        self.predictor = GradientPredictor(
+            subspace,
+            head.in_features,
+            settings.window,
+            queue=settings.observe_examples * settings.refit_steps,
+            kernel=settings.kernel,
+            ridge=settings.ridge,
+            device=device,
+            dtype=dtype,
+        )
+        self.controller = Controller(settings)
+        self._capture = Capture(self.rules, subspace)
+        self._parameters = [parameter for rule in self.rules for parameter in rule.parameters]
+        self._coordinates = torch.zeros(settings.observe_examples, subspace.size, device=device, dtype=dtype)
+        self._energies = torch.zeros(2, len(self.rules), device=device, dtype=dtype)
+        self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
+        self._loss_scale: Tensor | None = None
+        self._collected: tuple[Tensor, Tensor] | None = None
+        self._collecting = False
+        self._splice: tuple[Tensor, float | Tensor] | None = None
+        self._observation: _Observation | None = None
+        self._moving = False
+        self._handle = head.register_forward_hook(self._head_ran)
+
+    # -- what a trainer calls ------------------------------------------------------------------------------------------
+
+    def controls(self, examples: int) -> int:
+        """Number of control examples of the next micro-batch; equal to ``examples`` when the step is to be exact."""
+        return control_size(examples, self.controller.fraction(self.predictor.ready))
+
+    def record_loss_scale(self, gradient: Tensor) -> None:
+        """Hook for the loss: note the factor (accumulation, loss scaling) that its backward pass starts from."""
+        self._loss_scale = gradient.detach()
+
+    @contextmanager
+    def exact(self, examples: int, seed: int) -> Iterator[None]:
+        """Observe a plain forward and backward of ``examples`` examples without changing its result."""
+        chosen: Tensor | slice = slice(None)
+        if examples > self.settings.observe_examples:
+            order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+            chosen = order[: self.settings.observe_examples].to(self.device, non_blocking=True)
+        self._observation = _Observation(examples, chosen, 1.0, examples)
+        with self._armed():
+            yield
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep features and logits of the forward inside: the prediction examples'."""
+        self._collecting = True
+        try:
+            yield
+        finally:
+            self._collecting = False
+
+    @contextmanager
+    def spliced(self, order: Tensor, controls: int, weight: float | Tensor) -> Iterator[None]:
+        """Splice the collected prediction examples into the forward and backward of the control examples inside.
+
+        Args:
+            order: Positions of all examples in the original micro-batch, control examples first, shape ``(m,)``.
+            controls: Number of control examples.
+            weight: Control weight of :func:`draw_control`.
+
+        Raises:
+            SpliceBypassedError: If the forward inside never reached the head.
+        """
+        chosen = slice(0, min(controls, self.settings.observe_examples))
+        self._observation = _Observation(controls, chosen, weight, len(order))
+        self._splice = order, weight
+        try:
+            with self._armed():
+                yield
+            if self._splice is not None:
+                raise SpliceBypassedError(
+                    "The model's forward did not run its classification head inside `compute_loss`, so predictions could not "
+                    "be used. Call the model in `compute_loss`, or use `lgp_control_fraction=1`."
+                )
+        finally:
+            self._splice = self._collected = None
+
+    def finish(self) -> None:
+        """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
+        observation, self._observation = self._observation, None
+        if observation is None or observation.features is None or observation.pullbacks is None:
+            return
+        coordinates = self._coordinates[: len(observation.features)] / (self._unit(observation) * observation.weight)
+        if observation.predicted is not None:
+            self.predictor.measure(coordinates, observation.predicted)
+        self.predictor.observe(observation.features, observation.pullbacks, coordinates)
+        if self._moving:
+            self.predictor.alignment.update_captured(*self._energies)
+            self.predictor.move_bases()
+        self.controller.advance()
+        queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
+        if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
+            self.predictor.refit()
+            self.controller.refitted()
+        self._loss_scale = None
+
+    def clipped_ranks(self) -> int:
+        """Number of weight matrices that are narrower than the rank on some side."""
+        return sum(1 < min(rule.rows, rule.cols) < self.settings.rank for rule in self.rules if len(rule.parameters[0].shape) > 1)
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self._capture.close()
+        self._handle.remove()
+
+    def metrics(self) -> dict[str, float]:
+        """Readings for a log; this waits for the device."""
+        alignment = self.predictor.alignment
+        readings = torch.stack([alignment.rho2.mean(), alignment.alpha.mean(), alignment.captured.mean()]).tolist()
+        return {
+            "rho2": readings[0],
+            "alpha": readings[1],
+            "captured": readings[2],
+            "window": float(self.predictor.size),
+            "coverage": self.coverage,
+            "nonfinite": float(self._nonfinite),
+        }
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and counters needed to go on exactly where this engine stands."""
+        return self.predictor.state_dict(), self.controller.state_dict()
+
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the state belongs to another model or other settings.
+        """
+        self.predictor.load_state_dict(tensors)
+        self.controller.load_state_dict(counters)
+
+    # -- what happens inside a step --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _armed(self) -> Iterator[None]:
+        observation = self._observation
+        assert observation is not None
+        count = observation.controls if isinstance(observation.chosen, slice) else len(observation.chosen)
+        count = min(count, self.settings.observe_examples)
+        self._moving = self.controller.moves_bases and count >= 2
+        self._capture.arm(
+            self._coordinates[:count],
+            observation.controls,
+            observation.chosen,
+            self._use_for_bases if self._moving else None,
+        )
+        try:
+            yield
+        finally:
+            self._capture.disarm()
+
+    def _unit(self, observation: _Observation) -> Tensor | float:
+        """Factor between the gradients of this backward pass and those of one example's own, unscaled loss."""
+        if self._loss_scale is None:
+            return 1.0 / observation.examples
+        return self._loss_scale.to(self._coordinates.dtype) / observation.examples
+
+    def _use_for_bases(self, position: int, factors: Factors) -> None:
+        observation = self._observation
+        assert observation is not None
+        few = factors.take(_BASIS_EXAMPLES, 1.0 / (self._unit(observation) * observation.weight))
+        subspace = self.predictor.subspace
+        kept = subspace.project(position, few)
+        self._energies[0, position] = (kept - kept.mean(0)).square().sum()
+        self._energies[1, position] = few.energy()
+        subspace.accumulate(position, few)
+
+    def _head_ran(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        features = args[0]
+        if self._collecting:
+            self._collected = features.detach(), output.detach()
+        elif self._splice is not None:
+            order, weight = self._splice
+            assert self._collected is not None
+            self._splice = None
+            splice = Splice(*self._collected, order, weight, self._correction)
+            return splice_head(self.head, features, output, splice, self._parameters)
+        elif self._observation is not None and output.requires_grad:
+            detached = features.detach()
+            output.register_hook(lambda residuals: self._residuals_arrived(detached, residuals))
+        return None
+
+    @torch.no_grad()
+    def _residuals_arrived(self, features: Tensor, residuals: Tensor) -> None:
+        """An exact step's residuals: note what the regression needs of the chosen examples."""
+        observation = self._observation
+        if observation is None:
+            return
+        wide = self._coordinates.dtype
+        observation.features = features[observation.chosen].to(wide)
+        pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
+        observation.pullbacks = pullbacks / self._unit(observation)
+        if self.predictor.regression.fitted:
+            rows = self.predictor.kernel_rows(observation.features, observation.pullbacks)
+            observation.predicted = self.predictor.predict(rows)
+
+    @torch.no_grad()
+    def _correction(self, features: Tensor, residuals: Tensor, pullbacks: Tensor) -> list[Tensor | None]:
+        """``alpha * (sum_all g_hat - w sum_S g_hat)`` for every covered parameter, in the units of this backward pass."""
+        observation = self._observation
+        assert observation is not None
+        predictor, unit = self.predictor, self._unit(observation)
+        pullbacks = pullbacks / unit
+        rows = predictor.kernel_rows(features, pullbacks)
+        control = rows[: observation.controls]
+        difference = rows.sum(0, keepdim=True) - observation.weight * control.sum(0, keepdim=True)
+        predicted = predictor.predict(torch.cat([difference, control[observation.chosen]]))
+        observation.features = features[: observation.controls][observation.chosen]
+        observation.pullbacks = pullbacks[: observation.controls][observation.chosen]
+        observation.predicted = predicted[1:]
+        correction = predicted[0] * predictor.subspace.per_coordinate(predictor.alignment.alpha) * unit
+        # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
+        finite = correction.isfinite().all()
+        self._nonfinite += ~finite
+        correction = torch.where(finite, correction, torch.zeros_like(correction))
+        gradients: list[Tensor | None] = []
+        for rule, matrix in zip(self.rules, predictor.subspace.lift(correction), strict=True):
+            gradients.extend(g.to(p.dtype) for g, p in zip(rule.gradients(matrix), rule.parameters, strict=True))
+        return gradients

@@ -1,0 +1,173 @@
+"""Per-example gradients in factored form, never materialised.
+
+The gradient of one example with respect to a weight matrix is a sum of outer products over its rows (tokens, patches):
+``G_i = sum_t l_{i,t} r_{i,t}^T`` with ``l`` the output gradient and ``r`` the layer's input. :class:`Factors` holds ``l`` and
+``r`` for a batch of examples and computes what the subspaces need from them: two-sided projections and the products of
+orthogonal iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Per-example gradients ``G_i = sum_t l_{i,t} r_{i,t}^T``, shape ``(b, rows, cols)`` if they were formed.
+
+    Attributes:
+        left: ``l``, shape ``(b, T, rows)``; or indices, shape ``(b, T)`` and integer, standing for one-hot rows (an embedding
+            table); or None for the identity (``T = rows``), when ``right`` is the gradient itself.
+        right: ``r``, shape ``(b, T, cols)``, without the column of ones.
+        rows: Number of rows of the gradient matrix.
+        ones: Whether ``r`` carries an extra last entry 1: the bias, appended to the weight as a column.
+    """
+
+    left: Tensor | None
+    right: Tensor
+    rows: int
+    ones: bool = False
+
+    @property
+    def cols(self) -> int:
+        """Number of columns of the gradient matrix, the bias column included."""
+        return self.right.shape[-1] + int(self.ones)
+
+    @property
+    def examples(self) -> int:
+        """Number ``b`` of examples."""
+        return self.right.shape[0]
+
+    def take(self, examples: int, scale: Tensor | float = 1.0) -> Factors:
+        """The first examples' gradients, times ``scale``, in float32 or wider."""
+        if self.left is not None and self.left.is_floating_point():
+            return Factors(_wide(self.left[:examples]) * scale, _wide(self.right[:examples]), self.rows, self.ones)
+        left = None if self.left is None else self.left[:examples]
+        return Factors(left, _wide(self.right[:examples]) * scale, self.rows, self.ones)
+
+    def _left_times(self, matrix: Tensor) -> Tensor:
+        """``L_i M`` for ``M`` of shape ``(rows, k)``: shape ``(b, T, k)``."""
+        if self.left is None:
+            return matrix.expand(self.examples, *matrix.shape)
+        if not self.left.is_floating_point():
+            return matrix[self.left]
+        return self.left @ matrix.to(self.left.dtype)
+
+    def _right_times(self, matrix: Tensor) -> Tensor:
+        """``R_i M`` for ``M`` of shape ``(cols, k)`` or ``(b, cols, k)``: shape ``(b, T, k)``."""
+        matrix = matrix.to(self.right.dtype)
+        if not self.ones:
+            return self.right @ matrix
+        return self.right @ matrix[..., :-1, :] + matrix[..., -1:, :]
+
+    def _left_transposed(self, rows: Tensor) -> Tensor:
+        """``L_i^T M_i`` for ``M`` of shape ``(b, T, k)``: shape ``(b, rows, k)``."""
+        if self.left is None:
+            return rows
+        if not self.left.is_floating_point():
+            out = rows.new_zeros(self.examples, self.rows, rows.shape[-1])
+            return out.scatter_add_(1, self.left[..., None].expand_as(rows), rows)
+        return self.left.mT @ rows.to(self.left.dtype)
+
+    def _right_transposed(self, rows: Tensor) -> Tensor:
+        """``R_i^T M_i`` for ``M`` of shape ``(b, T, k)``: shape ``(b, cols, k)``."""
+        rows = rows.to(self.right.dtype)
+        product = self.right.mT @ rows
+        if not self.ones:
+            return product
+        return torch.cat([product, rows.sum(1, keepdim=True)], dim=1)
+
+    def project(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        """Coordinates ``C_i = A^T G_i B``, formula (7).
+
+        Args:
+            left_basis: ``A``, shape ``(rows, k_a)``.
+            right_basis: ``B``, shape ``(cols, k_b)``.
+
+        Returns:
+            Coordinates, shape ``(b, k_a, k_b)``, in the dtype of the bases.
+        """
+        projected = self._right_times(right_basis).to(left_basis.dtype)
+        if self.left is None:
+            return left_basis.T @ projected
+        return self._left_times(left_basis).to(left_basis.dtype).mT @ projected
+
+    def dense(self) -> Tensor:
+        """The gradients themselves, shape ``(b, rows, cols)``: for tests and small layers."""
+        right = self.right
+        if self.ones:
+            right = torch.cat([right, right.new_ones(*right.shape[:-1], 1)], dim=-1)
+        return self._left_transposed(right)
+
+    def energy(self) -> Tensor:
+        """Centred energy ``sum_i |G_i - mean G|^2``, a scalar in float32 or wider."""
+        total = self._squared_norms().sum()
+        mean = self._mean()
+        return (total - self.examples * mean.square().sum()).clamp(min=0.0)
+
+    def _mean(self) -> Tensor:
+        """``mean_i G_i``, shape ``(rows, cols)``."""
+        if self.left is not None and not self.left.is_floating_point():
+            flat = _wide(self.right).flatten(0, 1)
+            return flat.new_zeros(self.rows, flat.shape[1]).index_add_(0, self.left.flatten(), flat) / self.examples
+        if self.left is None:
+            return _wide(self.right).mean(0)
+        left, right = _wide(self.left).flatten(0, 1), _wide(self.right).flatten(0, 1)
+        mean = left.T @ right
+        if self.ones:
+            mean = torch.cat([mean, left.sum(0)[:, None]], dim=1)
+        return mean / self.examples
+
+    def _squared_norms(self) -> Tensor:
+        """``|G_i|^2`` through Gram matrices over rows, ``sum_{t,s} <l_t, l_s><r_t, r_s>``: shape ``(b,)``."""
+        right = _wide(self.right)
+        if self.left is None:
+            return right.square().flatten(1).sum(1)
+        tokens = right.shape[1]
+        if self.left.is_floating_point() and tokens * tokens > self.rows * self.cols:
+            return _wide(self.dense()).square().flatten(1).sum(1)
+        right_gram = right @ right.mT + float(self.ones)
+        if self.left.is_floating_point():
+            left = _wide(self.left)
+            left_gram = left @ left.mT
+        else:
+            left_gram = (self.left[:, :, None] == self.left[:, None, :]).to(right_gram.dtype)
+        return (left_gram * right_gram).flatten(1).sum(1)
+
+    def moment_products(self, left_basis: Tensor, right_basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Centred second moments applied to the bases: one power step of orthogonal iteration on either side.
+
+        With ``G~_i = G_i - mean G``: ``(1/b) sum_i G~_i G~_i^T A`` and ``(1/b) sum_i G~_i^T G~_i B``.
+
+        Args:
+            left_basis: ``A``, shape ``(rows, k_a)``.
+            right_basis: ``B``, shape ``(cols, k_b)``.
+
+        Returns:
+            The two products, shapes ``(rows, k_a)`` and ``(cols, k_b)``, in the dtype of the bases.
+        """
+        dtype = left_basis.dtype
+        # sum_i (G_i - G)(G_i - G)^T A = sum_i G_i (Z_i - Z) with Z_i = G_i^T A and Z its mean over examples.
+        from_left = self._right_transposed(self._left_times(left_basis))
+        from_left = from_left - from_left.mean(0, keepdim=True)
+        left_product = self._left_transposed(self._right_times(from_left)).to(dtype).mean(0)
+        from_right = self._left_transposed(self._right_times(right_basis))
+        from_right = from_right - from_right.mean(0, keepdim=True)
+        right_product = self._right_transposed(self._left_times_each(from_right)).to(dtype).mean(0)
+        return left_product, right_product
+
+    def _left_times_each(self, matrices: Tensor) -> Tensor:
+        """``L_i M_i`` for ``M`` of shape ``(b, rows, k)``: shape ``(b, T, k)``."""
+        if self.left is None:
+            return matrices
+        if not self.left.is_floating_point():
+            return matrices.gather(1, self.left[..., None].expand(-1, -1, matrices.shape[-1]))
+        return self.left @ matrices.to(self.left.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: sums of squares in half precision lose too much."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,0 +1,73 @@
+"""The method's settings, validated in one place and independent of any trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .regression import KERNELS, Kernel
+
+
+@dataclass(frozen=True)
+class LGPSettings:
+    """Settings of linear gradient prediction; the fields of ``LGPTrainingArguments`` without their ``lgp_`` prefix.
+
+    Attributes:
+        control_fraction: Share ``f`` of every micro-batch that gets exact gradients, in (0, 1]; 1 is plain training.
+        window: Number of recent exact examples the regression is fitted on.
+        rank: Basis vectors per side of a weight matrix's factored coordinates.
+        kernel: ``"linear"`` or ``"rbf"``.
+        ridge: Regularisation, relative to the kernel's mean diagonal.
+        warmup_examples: Exact examples to gather before the first prediction; the steps until then are exact.
+        observe_examples: Largest number of exact examples observed per micro-batch.
+        refit_steps: Micro-batches between two fits of the regression.
+        basis_steps: Micro-batches between two moves of the bases.
+        seed: Seed of the private random stream that draws the control examples.
+        head: Qualified name of the classification head; empty to find it.
+
+    Raises:
+        ValueError: If a value is out of range; the message says what to change.
+    """
+
+    control_fraction: float = 0.25
+    window: int = 2048
+    rank: int = 16
+    kernel: Kernel = "rbf"
+    ridge: float = 0.01
+    warmup_examples: int = 512
+    observe_examples: int = 64
+    refit_steps: int = 8
+    basis_steps: int = 32
+    seed: int = 0
+    head: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.control_fraction <= 1.0:
+            raise ValueError(
+                f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training."
+            )
+        for name in ("window", "rank", "warmup_examples", "refit_steps", "basis_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.observe_examples < 2:
+            raise ValueError(
+                f"`lgp_observe_examples` must be at least 2 (variances are taken over them), got {self.observe_examples}."
+            )
+        if not self.ridge > 0:
+            raise ValueError(f"`lgp_ridge` must be positive, got {self.ridge}.")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"`lgp_kernel` must be one of {', '.join(KERNELS)}, got {self.kernel!r}.")
+        if self.warmup_examples > self.window:
+            raise ValueError(
+                f"`lgp_warmup_examples` ({self.warmup_examples}) cannot exceed `lgp_window` ({self.window}): "
+                "lower the first or raise the second."
+            )
+
+    @classmethod
+    def from_arguments(cls, arguments: object) -> LGPSettings:
+        """Read ``lgp_*`` attributes from any object; those it lacks keep their defaults."""
+        values = {
+            field.name: getattr(arguments, f"lgp_{field.name}")
+            for field in fields(cls)
+            if hasattr(arguments, f"lgp_{field.name}")
+        }
+        return cls(**values)

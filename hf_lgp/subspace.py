@@ -1,0 +1,241 @@
+"""Factored gradient coordinates: two small bases for every tensor of a model.
+
+A weight matrix's per-example gradient ``G`` (rows x cols) is kept as ``C = A^T G B`` with orthonormal ``A`` (rows x k_a) and ``B``
+(cols x k_b), the leading singular spaces of recent centred per-example gradients; lifting back is ``A C B^T``. Bases follow
+training by warm-started orthogonal iteration on exponentially averaged second moments, and stored coordinates are
+re-expressed when they move: ``C <- (A_new^T A_old) C (B_old^T B_new)``.
+
+Tensors of equal shape are stacked into groups, so that projections, lifts and orthogonalisations run batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factors import Factors
+
+
+def basis_sizes(rows: int, cols: int, rank: int) -> tuple[int, int]:
+    """Numbers of basis vectors ``(k_a, k_b)`` of a tensor: about ``rank^2`` coordinates each, whatever its shape.
+
+    A matrix gets ``rank`` on either side. Where one side is shorter than ``rank`` (vectors: 1 row; a LayerNorm's weight
+    and bias: 2 rows) it is kept whole and the other side gets the coordinates left over.
+    """
+    short_rows, short_cols = min(rows, rank), min(cols, rank)
+    return min(rows, max(rank, rank * rank // short_cols)), min(cols, max(rank, rank * rank // short_rows))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one tensor's coordinates live: columns ``start : start + size`` of the flat coordinates, group and index."""
+
+    group: int
+    index: int
+    start: int
+    size: int
+
+
+class _Group:
+    """Tensors of equal shape: stacked bases ``(L, rows, k_a)`` and ``(L, cols, k_b)`` and their moment estimates."""
+
+    def __init__(self, count: int, rows: int, cols: int, rank: int, start: int, generator: torch.Generator, like: Tensor) -> None:
+        self.count, self.rows, self.cols, self.start = count, rows, cols, start
+        self.left_size, self.right_size = basis_sizes(rows, cols, rank)
+        self.left = _initial_basis(count, rows, self.left_size, generator, like)
+        self.right = _initial_basis(count, cols, self.right_size, generator, like)
+        self.left_moment = like.new_zeros(count, self.left_size, self.left_size)
+        self.right_moment = like.new_zeros(count, self.right_size, self.right_size)
+
+    @property
+    def tensor_size(self) -> int:
+        return self.left_size * self.right_size
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.tensor_size
+
+    def unflatten(self, coordinates: Tensor) -> Tensor:
+        """View of flat coordinates ``(n, P)`` as ``(n, L, k_a, k_b)``."""
+        return coordinates[:, self.start : self.stop].unflatten(1, (self.count, self.left_size, self.right_size))
+
+
+def _initial_basis(count: int, dimension: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    if size == dimension:
+        return torch.eye(dimension, dtype=like.dtype, device=like.device).expand(count, -1, -1).clone()
+    random = torch.randn(count, dimension, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(random).Q.to(like)
+
+
+def _orthonormalise(products: Tensor, previous: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of each matrix, shape ``(L, d, k)``, by Cholesky QR in float64.
+
+    A little of the previous basis keeps the Gram matrix well conditioned where the products are rank deficient, and
+    keeps the basis where they vanish altogether.
+    """
+    wide, old = products.double(), previous.double()
+    size = wide.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    for _ in range(2):  # the second pass removes the rounding that the first one's conditioning let through
+        wide = wide / size + 1e-6 * old
+        gram = wide.mT @ wide
+        factor = torch.linalg.cholesky_ex(gram).L
+        wide = torch.linalg.solve_triangular(factor.mT, wide, upper=True, left=False)
+        old, size = torch.zeros_like(old), torch.ones_like(size)
+    # A basis that came out non-finite (non-finite gradients went in) must not replace a good one.
+    healthy = wide.isfinite().flatten(1).all(1)[:, None, None]
+    return torch.where(healthy, wide, previous.double()).to(previous.dtype)
+
+
+class Subspace:
+    """Bases, projection, lift and re-expression for all tensors of a model.
+
+    Args:
+        shapes: ``(rows, cols)`` of every tensor's gradient matrix.
+        rank: Basis vectors ``k`` per side; clipped to the shape.
+        decay: Weight of the past in the exponential average of second moments.
+        seed: Seed of the private generator of the initial bases.
+        device: Where the bases live.
+        dtype: Their dtype.
+
+    Attributes:
+        segments: Where each tensor's coordinates live, in the order of ``shapes``.
+        size: Total number ``P`` of coordinates of one example.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        rank: int,
+        *,
+        decay: float = 0.7,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"The rank must be at least 1, got {rank}.")
+        self.shapes, self.rank, self.decay = list(shapes), rank, decay
+        generator = torch.Generator().manual_seed(seed)
+        like = torch.empty(0, device=device, dtype=dtype)
+        members: dict[tuple[int, int], list[int]] = {}
+        for position, shape in enumerate(self.shapes):
+            members.setdefault(shape, []).append(position)
+        self._groups: list[_Group] = []
+        segments: dict[int, Segment] = {}
+        start = 0
+        for (rows, cols), positions in members.items():
+            group = _Group(len(positions), rows, cols, rank, start, generator, like)
+            for index, position in enumerate(positions):
+                segments[position] = Segment(
+                    len(self._groups), index, start + index * group.tensor_size, group.tensor_size
+                )
+            self._groups.append(group)
+            start = group.stop
+        self.segments = [segments[position] for position in range(len(self.shapes))]
+        self.size = start
+        order = sorted(range(len(self.segments)), key=lambda position: self.segments[position].start)
+        self._lengths = torch.tensor([self.segments[p].size for p in order], device=device)
+        self._rank_of_position = torch.tensor(order, device=device).argsort()
+        self._products: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def bases(self, tensor: int) -> tuple[Tensor, Tensor]:
+        """``A`` of shape ``(rows, k_a)`` and ``B`` of shape ``(cols, k_b)`` of one tensor."""
+        segment = self.segments[tensor]
+        group = self._groups[segment.group]
+        return group.left[segment.index], group.right[segment.index]
+
+    def project(self, tensor: int, factors: Factors) -> Tensor:
+        """Flat coordinates of per-example gradients of one tensor, shape ``(b, k_a * k_b)``."""
+        return factors.project(*self.bases(tensor)).flatten(1)
+
+    def lift(self, coordinates: Tensor) -> list[Tensor]:
+        """Gradient matrices ``A C B^T`` of every tensor, shapes ``(rows, cols)``.
+
+        Args:
+            coordinates: Flat coordinates of one gradient, shape ``(P,)``.
+        """
+        lifted = []
+        for group in self._groups:
+            blocks = group.unflatten(coordinates[None])[0]
+            lifted.append((group.left @ blocks) @ group.right.mT)
+        return [lifted[segment.group][segment.index] for segment in self.segments]
+
+    def per_tensor_sums(self, values: Tensor) -> Tensor:
+        """Sum flat coordinates within each tensor: ``(P,)`` to ``(L,)``, in the order of ``shapes``."""
+        sums = torch.segment_reduce(values, "sum", lengths=self._lengths, unsafe=True)
+        return sums[self._rank_of_position]
+
+    def per_coordinate(self, values: Tensor) -> Tensor:
+        """Spread one value per tensor over its coordinates: ``(L,)`` to ``(P,)``."""
+        in_order = torch.empty_like(values).scatter_(0, self._rank_of_position, values)
+        return in_order.repeat_interleave(self._lengths, output_size=self.size)
+
+    def accumulate(self, tensor: int, factors: Factors) -> None:
+        """Take the power step of one tensor on fresh per-example gradients; :meth:`update` makes it effective.
+
+        Args:
+            tensor: Position of the tensor in ``shapes``.
+            factors: Gradients of ``b`` examples, ``b >= 2`` (the moments are centred).
+        """
+        self._products[tensor] = factors.moment_products(*self.bases(tensor))
+
+    def update(self, coordinates: Sequence[Tensor]) -> None:
+        """Move the bases to the accumulated products and re-express stored coordinates, in place.
+
+        Args:
+            coordinates: Buffers of flat coordinates, each of shape ``(n, P)``, to express in the new bases.
+        """
+        for number, group in enumerate(self._groups):
+            positions = [p for p, segment in enumerate(self.segments) if segment.group == number]
+            if not all(position in self._products for position in positions):
+                continue
+            left_turn = self._move(group, "left", torch.stack([self._products[p][0] for p in positions]))
+            right_turn = self._move(group, "right", torch.stack([self._products[p][1] for p in positions]))
+            for buffer in coordinates:
+                blocks = group.unflatten(buffer)
+                if left_turn is not None:
+                    blocks = left_turn @ blocks
+                if right_turn is not None:
+                    blocks = blocks @ right_turn.mT
+                if left_turn is not None or right_turn is not None:
+                    buffer[:, group.start : group.stop] = blocks.flatten(1)
+        self._products.clear()
+
+    def _move(self, group: _Group, side: str, products: Tensor) -> Tensor | None:
+        """Move one side of a group; return ``basis_new^T basis_old`` of shape ``(L, k, k)``, or None if it is complete."""
+        basis: Tensor = getattr(group, side)
+        if basis.shape[1] == basis.shape[2]:
+            return None
+        moment: Tensor = getattr(group, f"{side}_moment")
+        mixed = self.decay * (basis @ moment) + (1.0 - self.decay) * products
+        moved = _orthonormalise(mixed, basis)
+        turn = moved.mT @ basis
+        rotated = (moved.mT @ mixed) @ turn.mT
+        moment = torch.where(rotated.isfinite().flatten(1).all(1)[:, None, None], 0.5 * (rotated + rotated.mT), moment)
+        setattr(group, side, moved)
+        setattr(group, f"{side}_moment", moment)
+        return turn
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Bases and moments by name; shapes follow from the constructor's arguments."""
+        state = {}
+        for number, group in enumerate(self._groups):
+            for name in ("left", "right", "left_moment", "right_moment"):
+                state[f"{number}.{name}"] = getattr(group, name)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the state belongs to tensors of other shapes or to another rank.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ValueError("The stored bases belong to another model or rank.")
+        for number, group in enumerate(self._groups):
+            for name in ("left", "right", "left_moment", "right_moment"):
+                setattr(group, name, state[f"{number}.{name}"].to(getattr(group, name), copy=True))

@@ -1,0 +1,236 @@
+"""``LGPTrainer``: ``transformers.Trainer`` with predicted gradients. Only overrides; the loop stays Trainer's."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from .batches import batch_size, first_label, part_of
+from .compatibility import refuse_incompatible
+from .engine import LGPEngine, draw_control, private_randomness, private_seed
+from .estimator import relative_cost
+from .head import find_head, named_head
+from .settings import LGPSettings
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "lgp_state.safetensors"
+COUNTERS_NAME = "lgp_state.json"
+
+_FORWARD_SHARE = 1.0 / 3.0
+"""A forward pass in units of a forward and backward pass, by operation count."""
+
+
+class LGPTrainer(Trainer):
+    """``Trainer`` that gives most examples of every micro-batch a forward pass only.
+
+    A random control subset of every micro-batch gets exact gradients; the rest get gradients that are predicted by a linear map
+    from last-layer quantities, and the control subset removes the predictions' bias (arXiv 2511.05187). The expected
+    gradient is that of ``Trainer``; with ``lgp_control_fraction=1`` every step is ``Trainer``'s, bit for bit.
+
+    Takes the arguments of ``Trainer``. ``args`` may be :class:`~hf_lgp.LGPTrainingArguments` or plain ``TrainingArguments``, for which
+    the defaults of the former apply.
+
+    The losses of the examples may be combined in any way (means, ``num_items_in_batch``, class weights, label smoothing, a
+    ``compute_loss_func`` or an overridden ``compute_loss``) as long as they depend on the model through its logits.
+
+    Raises:
+        ValueError: If a setting is out of range, or model or arguments rule predictions out.
+        HeadNotFoundError: At the first step, if no unique linear head produces the logits.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._lgp_settings = LGPSettings()
+        self._lgp_engine: LGPEngine | None = None
+        self._lgp_restored: tuple[dict[str, Tensor], dict[str, int]] | None = None
+        self._lgp_micro_batch = (-1, 0)
+        self._lgp_steps = {"exact": 0, "predicted": 0}
+        self._lgp_cost = 1.0
+        self._lgp_nonfinite_seen = 0.0
+        super().__init__(*args, **kwargs)
+        self._lgp_validate()
+
+    # -- life cycle ----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as ``Trainer.train`` does, with the same arguments and result; hooks are gone from the model afterwards."""
+        self._lgp_validate()
+        self._lgp_steps = {"exact": 0, "predicted": 0}
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._lgp_close()
+
+    def _lgp_validate(self) -> None:
+        # Searches change arguments without constructing them anew, so every training run validates again.
+        self._lgp_settings = LGPSettings.from_arguments(self.args)
+        if self._lgp_settings.control_fraction < 1.0:
+            refuse_incompatible(self.args, self.model)
+
+    def _lgp_close(self) -> None:
+        if self._lgp_engine is not None:
+            self._lgp_engine.close()
+        self._lgp_engine = None
+        self._lgp_restored = None
+
+    def _lgp_build(self, inputs: dict[str, Any]) -> LGPEngine:
+        settings = self._lgp_settings
+        if settings.head:
+            name, head = settings.head, named_head(self.model, settings.head)
+        else:
+            examples = batch_size(inputs)
+            assert examples is not None
+            few = part_of(inputs, torch.arange(2, device=self.args.device), examples, without=self.label_names)
+
+            def probe() -> Any:
+                with torch.no_grad(), private_randomness(self.args.device, settings.seed):
+                    return self.model(**few)
+
+            name, head = find_head(self.model, probe)
+        engine = LGPEngine(self.model, head, settings, self.args.device)
+        logger.info(
+            f"Predicting gradients below the head `{name}`: {len(engine.rules)} tensors with a rule cover "
+            f"{engine.coverage:.2%} of the trunk's trainable parameters."
+        )
+        if clipped := engine.clipped_ranks():
+            logger.info(f"`lgp_rank={settings.rank}` exceeds the width of {clipped} tensors and is clipped to it there.")
+        if self._lgp_restored is not None:
+            try:
+                engine.load_state_dict(*self._lgp_restored)
+            except (ValueError, KeyError) as error:
+                logger.warning(f"The checkpoint's LGP state does not fit ({error}): the predictor starts afresh.")
+            self._lgp_restored = None
+        return engine
+
+    # -- a training step -----------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch: exact while the predictor is not ready, with predicted gradients afterwards.
+
+        Args and result are those of ``Trainer.training_step``; the loss is that of the whole micro-batch.
+        """
+        self._lgp_cost = 1.0
+        if self._lgp_settings.control_fraction >= 1.0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        examples, labels = batch_size(inputs), first_label(inputs, self.label_names)
+        if examples is None or examples < 2 or labels is None:
+            self._lgp_steps["exact"] += 1
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._lgp_engine is None:
+            self._lgp_engine = self._lgp_build(inputs)
+        engine, seed = self._lgp_engine, self._lgp_seed()
+        controls = engine.controls(examples)
+        if controls == examples:
+            self._lgp_steps["exact"] += 1
+            with engine.exact(examples, seed):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            self._lgp_steps["predicted"] += 1
+            self._lgp_cost = relative_cost(controls / examples, _FORWARD_SHARE)
+            loss = self._lgp_predicted_step(model, inputs, num_items_in_batch, examples, controls, seed)
+        engine.finish()
+        return loss
+
+    def _lgp_predicted_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        examples: int,
+        controls: int,
+        seed: int,
+    ) -> Tensor:
+        engine = self._lgp_engine
+        assert engine is not None
+        labels = first_label(inputs, self.label_names)
+        assert labels is not None
+        has_ignored = labels.dim() == 1 and not labels.is_floating_point()
+        order, weight = draw_control(examples, controls, seed, labels != -100 if has_ignored else None)
+        order = order.to(self.args.device, non_blocking=True)
+        # What Trainer does at the start of its step has to precede the prediction pass as well.
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        rest = part_of(inputs, order[controls:], examples, without=self.label_names)
+        with torch.no_grad(), private_randomness(self.args.device, seed), engine.collecting():
+            self.model(**rest)
+        # Labels stay whole: the spliced head returns logits of the whole micro-batch, so the loss is that of all examples.
+        control = part_of(inputs, order[:controls], examples, keep=self.label_names)
+        with engine.spliced(order, controls, weight):
+            return super().training_step(model, control, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss as ``Trainer.compute_loss`` gives it; the scale its backward pass starts from is noted."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if self._lgp_engine is not None and loss.requires_grad:
+            loss.register_hook(self._lgp_engine.record_loss_scale)
+        return result
+
+    def _lgp_seed(self) -> int:
+        """Seed of this micro-batch's draw: a function of where training stands, so nothing needs saving."""
+        step, micro_batch = self.state.global_step, 0
+        if self._lgp_micro_batch[0] == step:
+            micro_batch = self._lgp_micro_batch[1] + 1
+        self._lgp_micro_batch = (step, micro_batch)
+        return private_seed(self._lgp_settings.seed, step, micro_batch, self.args.process_index)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of the step just taken: prediction examples have no backward pass."""
+        return int(super().floating_point_ops(inputs) * self._lgp_cost)
+
+    # -- logs and checkpoints --------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as ``Trainer`` does, with ``lgp_*`` readings beside every training loss."""
+        if "loss" in logs and self._lgp_engine is not None:
+            taken = sum(self._lgp_steps.values())
+            readings = {
+                "fraction": self._lgp_engine.controller.fraction(self._lgp_engine.predictor.ready),
+                "exact_share": self._lgp_steps["exact"] / max(1, taken),
+                **self._lgp_engine.metrics(),
+            }
+            logs.update({f"lgp_{name}": round(value, 6) for name, value in readings.items()})
+            if readings["nonfinite"] > self._lgp_nonfinite_seen:
+                logger.warning(
+                    f"{int(readings['nonfinite'] - self._lgp_nonfinite_seen)} steps had non-finite predictions; they used "
+                    "exact gradients of their control examples alone."
+                )
+                self._lgp_nonfinite_seen = readings["nonfinite"]
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._lgp_engine is None or not self.args.should_save:
+            return
+        tensors, counters = self._lgp_engine.state_dict()
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        safetensors.torch.save_file(tensors, os.path.join(output_dir, STATE_NAME))
+        with open(os.path.join(output_dir, COUNTERS_NAME), "w", encoding="utf-8") as file:
+            json.dump({**counters, **{f"steps_{k}": v for k, v in self._lgp_steps.items()}}, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._lgp_settings.control_fraction >= 1.0:
+            return
+        try:
+            tensors = safetensors.torch.load_file(os.path.join(checkpoint, STATE_NAME))
+            with open(os.path.join(checkpoint, COUNTERS_NAME), encoding="utf-8") as file:
+                counters = json.load(file)
+            self._lgp_steps = {name: counters.pop(f"steps_{name}") for name in self._lgp_steps}
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning(f"No usable LGP state in {checkpoint} ({error}): the predictor starts afresh.")
+            return
+        self._lgp_restored = tensors, counters

@@ -1,0 +1,61 @@
+"""``LGPTrainingArguments``: ``TrainingArguments`` with the settings of linear gradient prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .settings import LGPSettings
+
+
+@dataclass
+class LGPTrainingArguments(TrainingArguments):
+    """Arguments of :class:`~hf_lgp.LGPTrainer`.
+
+    Every argument of ``TrainingArguments`` keeps its meaning and default. See ``hf_lgp.settings.LGPSettings`` for the ranges.
+
+    Raises:
+        ValueError: If an ``lgp_*`` value is out of range; the message says what to change.
+    """
+
+    lgp_control_fraction: float = field(
+        default=0.25,
+        metadata={"help": "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit."},
+    )
+    lgp_window: int = field(
+        default=2048, metadata={"help": "Number of recent exact examples that the gradient predictor is fitted on."}
+    )
+    lgp_rank: int = field(
+        default=16,
+        metadata={"help": "Basis vectors per side of a weight matrix in which its per-example gradients are stored."},
+    )
+    lgp_kernel: str = field(
+        default="rbf",
+        metadata={"help": "Kernel of the predictor in the head's input features.", "choices": ["linear", "rbf"]},
+    )
+    lgp_ridge: float = field(
+        default=0.01, metadata={"help": "Regularisation of the predictor, relative to the kernel's mean diagonal."}
+    )
+    lgp_warmup_examples: int = field(
+        default=512, metadata={"help": "Exact examples to gather before the first prediction; steps until then are exact."}
+    )
+    lgp_observe_examples: int = field(
+        default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}
+    )
+    lgp_refit_steps: int = field(default=8, metadata={"help": "Micro-batches between two fits of the predictor."})
+    lgp_basis_steps: int = field(
+        default=32, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
+    )
+    lgp_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the private random stream that draws the control examples; other streams stay untouched."},
+    )
+    lgp_head: str = field(
+        default="",
+        metadata={"help": "Qualified name of the classification head, an nn.Linear. Empty: find it by a probe forward."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        LGPSettings.from_arguments(self)
