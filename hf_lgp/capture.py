@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from .factors import Factors
 from .rules import BroadcastRule, Rule
@@ -99,6 +100,7 @@ class Capture:
         if gradients[0] is not None:
             self._gradient_arrived(position, gradients[0], gradients[0])
 
+    @record_function("hf_lgp.capture")
     @torch.no_grad()
     def _gradient_arrived(self, position: int, inputs: Tensor, delta: Tensor) -> None:
         if self._coordinates is None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from .capture import Capture
 from .controller import Controller
@@ -27,6 +28,9 @@ from .subspace import Subspace
 
 _BASIS_EXAMPLES = 16
 """Examples whose gradients move the bases: enough for 16 to 32 directions when averaged over moves."""
+
+_MEASURED_EXAMPLES = 16
+"""Examples whose predictions are compared with their exact gradients, each micro-batch: variances are averaged over time."""
 
 
 class SpliceBypassedError(RuntimeError):
@@ -201,16 +205,19 @@ class LGPEngine:
         if observation is None or observation.features is None or observation.pullbacks is None:
             return
         coordinates = self._coordinates[: len(observation.features)] / (self._unit(observation) * observation.weight)
-        if observation.predicted is not None:
-            self.predictor.measure(coordinates, observation.predicted)
-        self.predictor.observe(observation.features, observation.pullbacks, coordinates)
+        with record_function("hf_lgp.observe"):
+            if observation.predicted is not None:
+                self.predictor.measure(coordinates[: len(observation.predicted)], observation.predicted)
+            self.predictor.observe(observation.features, observation.pullbacks, coordinates)
         if self._moving:
-            self.predictor.alignment.update_captured(*self._energies)
-            self.predictor.move_bases()
+            with record_function("hf_lgp.move_bases"):
+                self.predictor.alignment.update_captured(*self._energies)
+                self.predictor.move_bases()
         self.controller.advance()
         queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
         if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
-            self.predictor.refit()
+            with record_function("hf_lgp.refit"):
+                self.predictor.refit()
             self.controller.refitted()
         self._loss_scale = None
 
@@ -311,9 +318,11 @@ class LGPEngine:
         pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
         observation.pullbacks = pullbacks / self._unit(observation)
         if self.predictor.regression.fitted:
-            rows = self.predictor.kernel_rows(observation.features, observation.pullbacks)
+            few = slice(0, _MEASURED_EXAMPLES)
+            rows = self.predictor.kernel_rows(observation.features[few], observation.pullbacks[few])
             observation.predicted = self.predictor.predict(rows)
 
+    @record_function("hf_lgp.correction")
     @torch.no_grad()
     def _correction(self, features: Tensor, residuals: Tensor, pullbacks: Tensor) -> list[Tensor | None]:
         """``alpha * (sum_all g_hat - w sum_S g_hat)`` for every covered parameter, in the units of this backward pass."""
@@ -324,7 +333,7 @@ class LGPEngine:
         rows = predictor.kernel_rows(features, pullbacks)
         control = rows[: observation.controls]
         difference = rows.sum(0, keepdim=True) - observation.weight * control.sum(0, keepdim=True)
-        predicted = predictor.predict(torch.cat([difference, control[observation.chosen]]))
+        predicted = predictor.predict(torch.cat([difference, control[observation.chosen][:_MEASURED_EXAMPLES]]))
         observation.features = features[: observation.controls][observation.chosen]
         observation.pullbacks = pullbacks[: observation.controls][observation.chosen]
         observation.predicted = predicted[1:]

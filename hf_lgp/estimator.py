@@ -82,10 +82,11 @@ def squared_correlation(covariance: Tensor, variance: Tensor, predicted_variance
     Returns:
         ``rho^2``, same shape; 0 where either variance vanishes or the correlation is negative.
     """
-    product = variance * predicted_variance
-    safe = torch.where(product > 0, product, torch.ones_like(product))
-    rho2 = covariance.clamp(min=0).square() / safe
-    return torch.where(product > 0, rho2, torch.zeros_like(rho2)).clamp(0.0, 1.0)
+    varies = (variance > 0) & (predicted_variance > 0)
+    positive, one = covariance.clamp(min=0), torch.ones_like(covariance)
+    # Two quotients, since the products of tiny variances underflow in float32.
+    rho2 = (positive / torch.where(varies, variance, one)) * (positive / torch.where(varies, predicted_variance, one))
+    return torch.where(varies, rho2, torch.zeros_like(rho2)).clamp(0.0, 1.0)
 
 
 def relative_variance(fraction: float, rho2: float) -> float:

@@ -46,7 +46,8 @@ class Factors:
         if self.left is not None and self.left.is_floating_point():
             return Factors(_wide(self.left[:examples]) * scale, _wide(self.right[:examples]), self.rows, self.ones)
         left = None if self.left is None else self.left[:examples]
-        return Factors(left, _wide(self.right[:examples]) * scale, self.rows, self.ones)
+        right = _wide(_with_ones(self.right[:examples]) if self.ones else self.right[:examples])
+        return Factors(left, right * scale, self.rows)
 
     def _left_times(self, matrix: Tensor) -> Tensor:
         """``L_i M`` for ``M`` of shape ``(rows, k)``: shape ``(b, T, k)``."""
@@ -97,10 +98,7 @@ class Factors:
 
     def dense(self) -> Tensor:
         """The gradients themselves, shape ``(b, rows, cols)``: for tests and small layers."""
-        right = self.right
-        if self.ones:
-            right = torch.cat([right, right.new_ones(*right.shape[:-1], 1)], dim=-1)
-        return self._left_transposed(right)
+        return self._left_transposed(_with_ones(self.right) if self.ones else self.right)
 
     def energy(self) -> Tensor:
         """Centred energy ``sum_i |G_i - mean G|^2``, a scalar in float32 or wider."""
@@ -110,11 +108,12 @@ class Factors:
 
     def _mean(self) -> Tensor:
         """``mean_i G_i``, shape ``(rows, cols)``."""
-        if self.left is not None and not self.left.is_floating_point():
-            flat = _wide(self.right).flatten(0, 1)
+        if self.left is None or not self.left.is_floating_point():
+            right = _wide(_with_ones(self.right) if self.ones else self.right)
+            if self.left is None:
+                return right.mean(0)
+            flat = right.flatten(0, 1)
             return flat.new_zeros(self.rows, flat.shape[1]).index_add_(0, self.left.flatten(), flat) / self.examples
-        if self.left is None:
-            return _wide(self.right).mean(0)
         left, right = _wide(self.left).flatten(0, 1), _wide(self.right).flatten(0, 1)
         mean = left.T @ right
         if self.ones:
@@ -125,10 +124,10 @@ class Factors:
         """``|G_i|^2`` through Gram matrices over rows, ``sum_{t,s} <l_t, l_s><r_t, r_s>``: shape ``(b,)``."""
         right = _wide(self.right)
         if self.left is None:
-            return right.square().flatten(1).sum(1)
+            return right.square().flatten(1).sum(1) + float(self.ones) * self.rows
         tokens = right.shape[1]
-        if self.left.is_floating_point() and tokens * tokens > self.rows * self.cols:
-            return _wide(self.dense()).square().flatten(1).sum(1)
+        if self.left.is_floating_point() and tokens * (self.rows + self.cols) > self.rows * self.cols:
+            return self.take(self.examples).dense().square().flatten(1).sum(1)
         right_gram = right @ right.mT + float(self.ones)
         if self.left.is_floating_point():
             left = _wide(self.left)
@@ -166,6 +165,11 @@ class Factors:
         if not self.left.is_floating_point():
             return matrices.gather(1, self.left[..., None].expand(-1, -1, matrices.shape[-1]))
         return self.left @ matrices.to(self.left.dtype)
+
+
+def _with_ones(rows: Tensor) -> Tensor:
+    """``[r; 1]``: the column of ones that stands for the bias."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -193,5 +193,6 @@ class GradientPredictor:
         ):
             buffer[:rows] = state[name].to(buffer)
         self.size, self._next, self._waiting = size, next_row, waiting
+        self.regression = KernelRidge(self.regression.kernel, self.regression.ridge)
         if fitted:
             self._fit()

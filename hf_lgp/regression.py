@@ -45,12 +45,12 @@ class KernelRidge:
         self._pullbacks: Tensor | None = None
         self._centre: Tensor | None = None
         self._scale: Tensor | None = None
-        self._inverse: Tensor | None = None
+        self._factor: Tensor | None = None
 
     @property
     def fitted(self) -> bool:
         """Whether :meth:`fit` has been called."""
-        return self._inverse is not None
+        return self._factor is not None
 
     def fit(self, features: Tensor, pullbacks: Tensor) -> None:
         """Factorise the kernel matrix of the window.
@@ -70,10 +70,10 @@ class KernelRidge:
         self._pullbacks = pullbacks.clone()
         gram = self.cross_kernel(features, pullbacks)
         diagonal = gram.diagonal()
-        gram = gram + torch.diag_embed(self.ridge * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny).expand_as(diagonal))
+        penalty = (self.ridge * diagonal.mean()).clamp(min=torch.finfo(gram.dtype).tiny)
+        gram = gram + torch.diag_embed(penalty.expand_as(diagonal))
         factor, failed = torch.linalg.cholesky_ex(gram)
-        inverse = torch.cholesky_inverse(factor)
-        self._inverse = torch.where(failed == 0, inverse, torch.full_like(inverse, torch.nan))
+        self._factor = torch.where(failed == 0, factor, torch.full_like(factor, torch.nan))
 
     def _standardise(self, features: Tensor) -> Tensor:
         if self.kernel == "linear":
@@ -108,6 +108,6 @@ class KernelRidge:
         Returns:
             Weights, shape ``(q, n)``: the prediction is ``weights @ C``, with ``C`` the targets of the window.
         """
-        if self._inverse is None:
+        if self._factor is None:
             raise RuntimeError("KernelRidge.fit must be called before predictions are asked for.")
-        return kernel_rows @ self._inverse
+        return torch.cholesky_solve(kernel_rows.T, self._factor).T

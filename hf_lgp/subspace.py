@@ -86,7 +86,8 @@ def _orthonormalise(products: Tensor, previous: Tensor) -> Tensor:
         old, size = torch.zeros_like(old), torch.ones_like(size)
     # A basis that came out non-finite (non-finite gradients went in) must not replace a good one.
     healthy = wide.isfinite().flatten(1).all(1)[:, None, None]
-    return torch.where(healthy, wide, previous.double()).to(previous.dtype)
+    # One memory layout, whatever the solver returns: rounding depends on it, and a resumed run must round alike.
+    return torch.where(healthy, wide, previous.double()).to(previous.dtype).contiguous()
 
 
 class Subspace:
@@ -190,10 +191,13 @@ class Subspace:
         """
         for number, group in enumerate(self._groups):
             positions = [p for p, segment in enumerate(self.segments) if segment.group == number]
-            if not all(position in self._products for position in positions):
+            if not any(position in self._products for position in positions):
                 continue
-            left_turn = self._move(group, "left", torch.stack([self._products[p][0] for p in positions]))
-            right_turn = self._move(group, "right", torch.stack([self._products[p][1] for p in positions]))
+            # A tensor without fresh gradients takes its averaged moments for them, which keeps the span of its bases.
+            idle = list(zip(group.left @ group.left_moment, group.right @ group.right_moment, strict=True))
+            products = [self._products.get(p, idle[index]) for index, p in enumerate(positions)]
+            left_turn = self._move(group, "left", torch.stack([left for left, _ in products]))
+            right_turn = self._move(group, "right", torch.stack([right for _, right in products]))
             for buffer in coordinates:
                 blocks = group.unflatten(buffer)
                 if left_turn is not None:
@@ -216,7 +220,7 @@ class Subspace:
         rotated = (moved.mT @ mixed) @ turn.mT
         moment = torch.where(rotated.isfinite().flatten(1).all(1)[:, None, None], 0.5 * (rotated + rotated.mT), moment)
         setattr(group, side, moved)
-        setattr(group, f"{side}_moment", moment)
+        setattr(group, f"{side}_moment", moment.contiguous())
         return turn
 
     def state_dict(self) -> dict[str, Tensor]:

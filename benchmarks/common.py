@@ -1,0 +1,142 @@
+"""What every benchmark needs: hardware and versions, timing, ViT shapes, CIFAR-10, and result files."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+RESULTS = Path(__file__).parent / "results"
+
+VITS: dict[str, dict[str, int]] = {
+    "cifar-0.8m": dict(
+        image_size=32, patch_size=4, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512
+    ),
+    "width-384": dict(
+        image_size=32, patch_size=4, hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+    ),
+    "vit-small-16": dict(
+        image_size=224, patch_size=16, hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+    ),
+    "vit-base-16": dict(
+        image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+}
+
+
+def build_vit(name: str, labels: int = 10, seed: int = 0) -> ViTForImageClassification:
+    """A ViT of :data:`VITS` with random weights and no dropout."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        **VITS[name],  # type: ignore[arg-type]
+        num_labels=labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config)
+
+
+def load_cifar(folder: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Decoded CIFAR-10: images uint8 ``(n, 3, 32, 32)`` and labels ``(n,)`` from ``<folder>/<split>.parquet``.
+
+    ``<split>.pt.xz``, as :func:`pack_cifar` writes it, serves machines on which no parquet reader is installed.
+    """
+    packed, parquet = folder / f"{split}.pt.xz", folder / f"{split}.parquet"
+    if packed.is_file():
+        with lzma.open(packed) as file:
+            content = torch.load(io.BytesIO(file.read()))
+        encoded = [part.numpy().tobytes() for part in content["bytes"].split(content["lengths"].tolist())]
+        labels = content["labels"].tolist()
+    elif parquet.is_file():
+        encoded, labels = _read_parquet(parquet)
+    else:
+        raise SystemExit(f"{parquet} is missing: --data must name a folder with CIFAR-10 as train.parquet and test.parquet.")
+    images = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded[:count]]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels[:count])
+
+
+def _read_parquet(path: Path) -> tuple[list[bytes], list[int]]:
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files={"rows": str(path)}, split="rows").cast_column("img", ImageFeature(decode=False))
+    return [image["bytes"] for image in rows["img"]], list(rows["label"])
+
+
+def pack_cifar(source: Path, target: Path) -> None:
+    """Rewrite CIFAR-10's parquet files as compressed tensors of the same encoded images."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        encoded, labels = _read_parquet(source / f"{split}.parquet")
+        content = {
+            "bytes": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+            "lengths": torch.tensor([len(image) for image in encoded]),
+            "labels": torch.tensor(labels),
+        }
+        with lzma.open(target / f"{split}.pt.xz", "wb", preset=1) as file:
+            torch.save(content, file)
+
+
+class Augmented(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Images with random crops (padding 4) and horizontal flips, normalised to [-1, 1]."""
+
+    def __init__(self, images: Tensor, labels: Tensor, augment: bool = True) -> None:
+        self.images, self.labels, self.augment = images, labels, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = self.images[index]
+        if self.augment:
+            image = torch.nn.functional.pad(image, (4, 4, 4, 4))
+            top, left = (int(v) for v in torch.randint(0, 9, (2,)))
+            image = image[:, top : top + 32, left : left + 32]
+            if torch.rand(()) < 0.5:
+                image = image.flip(-1)
+        return {"pixel_values": image.float() / 127.5 - 1.0, "labels": self.labels[index]}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, to stand beside every number."""
+    hardware = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
+        if line.startswith("model name"):
+            hardware = line.split(":", 1)[1].strip()
+            break
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> float:
+    """Seconds that ``work`` takes, the device's queue drained before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}", flush=True)

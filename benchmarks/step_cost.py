@@ -1,0 +1,161 @@
+"""What a step with predictions costs, in units of one exact step of the whole micro-batch.
+
+Every step of a real ``LGPTrainer`` run is timed beside its parts, interleaved in one run on the same batch: the exact step of
+the whole batch, the exact step of the control examples alone, and the no-grad forward of the prediction examples. Steps are
+timed over whole cycles of refits and basis moves, so the means amortise both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, VITS, build_vit, environment, timed, write_json
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_lgp import LGPTrainer, LGPTrainingArguments
+
+
+class RandomImages(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Noise images: the cost of a step does not depend on what is in them."""
+
+    def __init__(self, size: int, count: int = 4096) -> None:
+        self.pixels = torch.randn(256, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixels[index % 256], "labels": torch.tensor(index % 10)}
+
+
+class TimedTrainer(LGPTrainer):
+    """Times each step and its parts; every gradient but that of the step itself is thrown away."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.times: list[dict[str, float]] = []
+        self.peaks: dict[str, float] = {}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        device = self.args.device
+        inputs = self._prepare_inputs(inputs)
+        examples = inputs["labels"].shape[0]
+        predicting = self._lgp_engine is not None and self._lgp_engine.controls(examples) < examples
+        if not predicting:
+            return super().training_step(model, inputs, num_items_in_batch)
+        controls = self._lgp_engine.controls(examples)
+
+        def exact(count: int) -> None:
+            part = {name: value[:count] for name, value in inputs.items()}
+            Trainer.training_step(self, model, part, torch.tensor(count, device=device))
+
+        def forward() -> None:
+            with torch.no_grad():
+                self.model(pixel_values=inputs["pixel_values"][controls:])
+
+        result: list[Tensor] = []
+
+        def predicted() -> None:
+            result.append(LGPTrainer.training_step(self, model, inputs, num_items_in_batch))
+
+        engine, self._lgp_engine = self._lgp_engine, None  # the parts are plain Trainer's, without our loss hook
+        cell = {}
+        for name, work in (("exact", lambda: exact(examples)), ("control", lambda: exact(controls)), ("forward", forward)):
+            cell[name] = self.timed(name, work)
+            model.zero_grad()
+        self._lgp_engine = engine
+        cell["predicted"] = self.timed("predicted", predicted)
+        self.times.append(cell)
+        return result[0]
+
+    def timed(self, name: str, work: Any) -> float:
+        device = self.args.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            base = torch.cuda.memory_allocated(device)
+        seconds = timed(device, work)
+        if device.type == "cuda":
+            peak = (torch.cuda.max_memory_allocated(device) - base) / 2**20
+            self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
+        return seconds
+
+
+def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_cpu: bool) -> dict[str, Any]:
+    """Time ``cycles`` cycles of basis moves and summarise them as ratios to the exact step."""
+    model = build_vit(vit)
+    with tempfile.TemporaryDirectory() as folder:
+        args = LGPTrainingArguments(
+            folder,
+            per_device_train_batch_size=batch,
+            max_steps=10**6,
+            bf16=bf16,
+            use_cpu=use_cpu,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            lgp_control_fraction=fraction,
+        )
+        warmup = -(-args.lgp_warmup_examples // min(batch, args.lgp_observe_examples)) + 4
+        args.max_steps = warmup + (cycles + 1) * args.lgp_basis_steps
+        trainer = TimedTrainer(model, args, train_dataset=RandomImages(VITS[vit]["image_size"]))
+        trainer.train()
+        times = trainer.times[-cycles * args.lgp_basis_steps :]
+        means = {name: statistics.fmean(cell[name] for cell in times) for name in times[0]}
+        medians = {name: statistics.median(cell[name] for cell in times) for name in times[0]}
+        overhead = means["predicted"] - means["control"] - means["forward"]
+        return {
+            "vit": vit,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "batch": batch,
+            "fraction": fraction,
+            "bf16": bf16,
+            "steps": len(times),
+            "window": args.lgp_window,
+            "rank": args.lgp_rank,
+            "mean_seconds": means,
+            "median_seconds": medians,
+            "step_ratio": means["predicted"] / means["exact"],
+            "step_ratio_of_medians": medians["predicted"] / medians["exact"],
+            "control_ratio": means["control"] / means["exact"],
+            "forward_ratio": means["forward"] / means["exact"],
+            "overhead_ratio": overhead / means["exact"],
+            "peak_mib_above_start": trainer.peaks,
+            "environment": environment(trainer.args.device),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vit", nargs="+", choices=list(VITS), default=["width-384"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--cycles", type=int, default=1, help="cycles of basis moves to time, after one for warming up")
+    parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    use_cpu = options.cpu or not torch.cuda.is_available()
+    cells = []
+    for vit in options.vit:
+        for fraction in options.fraction:
+            cell = measure(vit, options.batch, fraction, options.cycles, not options.fp32, use_cpu)
+            print(
+                f"{vit} batch {options.batch} fraction {fraction}: step {cell['step_ratio']:.3f} of an exact step = control "
+                f"{cell['control_ratio']:.3f} + forward {cell['forward_ratio']:.3f} + overhead {cell['overhead_ratio']:.3f}; "
+                f"peak MiB {cell['peak_mib_above_start']}",
+                flush=True,
+            )
+            cells.append(cell)
+            write_json(options.output / f"step_cost_{'cpu' if use_cpu else 'cuda'}.json", {"cells": cells})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Finding the classification head."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import TinyImages, tiny_vit
+from torch import Tensor, nn
+
+from hf_lgp.head import HeadNotFoundError, find_head, named_head
+
+
+class TwoHeads(nn.Module):
+    """Averages two heads, as distilled models do: neither is the one that makes the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        x = self.trunk(x)
+        return SimpleNamespace(logits=(self.first(x) + self.second(x)) / 2)
+
+
+def test_finds_the_classifier_of_a_vit_and_leaves_no_hook() -> None:
+    model = tiny_vit()
+    name, head = find_head(model, lambda: model(TinyImages(2).pixels))
+    assert (name, head) == ("classifier", model.classifier)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_two_heads_are_an_error_that_names_both_and_the_option() -> None:
+    model = TwoHeads()
+    with pytest.raises(HeadNotFoundError, match=r"first, second.*lgp_head"):
+        find_head(model, lambda: model(torch.randn(2, 4)))
+
+
+def test_outputs_without_logits_are_an_error() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(HeadNotFoundError, match="no `logits`"):
+        find_head(model, lambda: {"loss": model(torch.randn(1, 2)).sum()})
+
+
+def test_a_named_head_must_exist_and_be_linear() -> None:
+    model = tiny_vit()
+    assert named_head(model, "classifier") is model.classifier
+    with pytest.raises(HeadNotFoundError, match="does not exist.*classifier"):
+        named_head(model, "score")
+    with pytest.raises(HeadNotFoundError, match="is a ViTModel"):
+        named_head(model, "vit")
