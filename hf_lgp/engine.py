@@ -118,7 +118,8 @@ class LGPEngine:
         self.coverage = coverage(self.rules, model, head)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
         shapes = [(rule.rows, rule.cols) for rule in self.rules]
-        subspace = Subspace(shapes, settings.rank, seed=settings.seed, device=device, dtype=dtype)
+        ranks = [settings.rank * rule.rank_factor for rule in self.rules]
+        subspace = Subspace(shapes, ranks, seed=settings.seed, device=device, dtype=dtype)
         self.predictor = GradientPredictor(
             subspace,
             head.in_features,
@@ -140,7 +141,7 @@ class LGPEngine:
         self._collecting = False
         self._splice: tuple[Tensor, float | Tensor] | None = None
         self._observation: _Observation | None = None
-        self._moving = False
+        self._moving = self._weighing = False
         self._handle = head.register_forward_hook(self._head_ran)
 
     # -- what a trainer calls ------------------------------------------------------------------------------------------
@@ -211,7 +212,8 @@ class LGPEngine:
             self.predictor.observe(observation.features, observation.pullbacks, coordinates)
         if self._moving:
             with record_function("hf_lgp.move_bases"):
-                self.predictor.alignment.update_captured(*self._energies)
+                if self._weighing:
+                    self.predictor.alignment.update_captured(*self._energies)
                 self.predictor.move_bases()
         self.controller.advance()
         queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
@@ -265,6 +267,7 @@ class LGPEngine:
         count = observation.controls if isinstance(observation.chosen, slice) else len(observation.chosen)
         count = min(count, self.settings.observe_examples)
         self._moving = self.controller.moves_bases and count >= 2
+        self._weighing = self._moving and self.controller.weighs_energy
         self._capture.arm(
             self._coordinates[:count],
             observation.controls,
@@ -287,9 +290,10 @@ class LGPEngine:
         assert observation is not None
         few = factors.take(_BASIS_EXAMPLES, 1.0 / (self._unit(observation) * observation.weight))
         subspace = self.predictor.subspace
-        kept = subspace.project(position, few)
-        self._energies[0, position] = (kept - kept.mean(0)).square().sum()
-        self._energies[1, position] = few.energy()
+        if self._weighing:
+            kept = subspace.project(position, few)
+            self._energies[0, position] = (kept - kept.mean(0)).square().sum()
+            self._energies[1, position] = few.energy()
         subspace.accumulate(position, few)
 
     def _head_ran(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -45,7 +45,7 @@ class GradientPredictor:
         *,
         queue: int,
         kernel: Kernel = "rbf",
-        ridge: float = 0.01,
+        ridge: float = 0.03,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:

@@ -5,7 +5,7 @@ head). Its trunk gradient is ``J^T h`` with ``J = da/dtheta``: linear in ``h``, 
 smoothly with ``a``. Regressing on ``[a; 1] (x) h`` (arXiv 2511.05187) is, in the dual, kernel ridge regression with::
 
     linear:  k(i, j) = (1 + <a_i, a_j>) <h_i, h_j>                                                    (5)
-    rbf:     k(i, j) = exp(-|a~_i - a~_j|^2 / (2 D)) <h_i, h_j>,   a~ standardised over the window      (6)
+    rbf:     k(i, j) = exp(-|a~_i - a~_j|^2 / (2 D)) <h_i, h_j>,   a~ = (a - mean) / std over the window (6)
 
 Both are linear in ``h``. A prediction is ``w @ C`` with the window's coordinates ``C`` and ``w = k (K + lambda I)^-1``; the
 regression itself never touches ``C``.
@@ -34,7 +34,7 @@ class KernelRidge:
         ValueError: If the kernel is unknown or ``ridge`` is not positive.
     """
 
-    def __init__(self, kernel: Kernel = "rbf", ridge: float = 0.01) -> None:
+    def __init__(self, kernel: Kernel = "rbf", ridge: float = 0.03) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"Unknown kernel {kernel!r}: choose one of {', '.join(KERNELS)}.")
         if not ridge > 0:
@@ -63,9 +63,9 @@ class KernelRidge:
         by looking; callers gate non-finite predictions.
         """
         self._centre = features.mean(0)
-        deviation = features.std(0, unbiased=False)
-        # A constant feature carries no information: leave it unscaled instead of blowing up its rounding noise.
-        self._scale = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation)).reciprocal()
+        # One scale for all features: those that vary more tell more. (Scaling each to unit variance predicts a little worse.)
+        variance = features.var(0, unbiased=False).mean()
+        self._scale = torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
         self._features = self._standardise(features)
         self._pullbacks = pullbacks.clone()
         gram = self.cross_kernel(features, pullbacks)

@@ -32,11 +32,11 @@ class LGPSettings:
     window: int = 2048
     rank: int = 16
     kernel: Kernel = "rbf"
-    ridge: float = 0.01
+    ridge: float = 0.03
     warmup_examples: int = 512
     observe_examples: int = 64
     refit_steps: int = 8
-    basis_steps: int = 32
+    basis_steps: int = 8
     seed: int = 0
     head: str = ""
 

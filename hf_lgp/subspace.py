@@ -95,7 +95,7 @@ class Subspace:
 
     Args:
         shapes: ``(rows, cols)`` of every tensor's gradient matrix.
-        rank: Basis vectors ``k`` per side; clipped to the shape.
+        rank: Basis vectors ``k`` per side, one number or one per tensor; clipped to the shape.
         decay: Weight of the past in the exponential average of second moments.
         seed: Seed of the private generator of the initial bases.
         device: Where the bases live.
@@ -109,26 +109,27 @@ class Subspace:
     def __init__(
         self,
         shapes: Sequence[tuple[int, int]],
-        rank: int,
+        rank: int | Sequence[int],
         *,
         decay: float = 0.7,
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"The rank must be at least 1, got {rank}.")
-        self.shapes, self.rank, self.decay = list(shapes), rank, decay
+        ranks = [rank] * len(shapes) if isinstance(rank, int) else list(rank)
+        if min(ranks) < 1:
+            raise ValueError(f"The rank must be at least 1, got {min(ranks)}.")
+        self.shapes, self.decay = list(shapes), decay
         generator = torch.Generator().manual_seed(seed)
         like = torch.empty(0, device=device, dtype=dtype)
-        members: dict[tuple[int, int], list[int]] = {}
-        for position, shape in enumerate(self.shapes):
-            members.setdefault(shape, []).append(position)
+        members: dict[tuple[int, int, int], list[int]] = {}
+        for position, ((rows, cols), own_rank) in enumerate(zip(self.shapes, ranks, strict=True)):
+            members.setdefault((rows, cols, own_rank), []).append(position)
         self._groups: list[_Group] = []
         segments: dict[int, Segment] = {}
         start = 0
-        for (rows, cols), positions in members.items():
-            group = _Group(len(positions), rows, cols, rank, start, generator, like)
+        for (rows, cols, own_rank), positions in members.items():
+            group = _Group(len(positions), rows, cols, own_rank, start, generator, like)
             for index, position in enumerate(positions):
                 segments[position] = Segment(
                     len(self._groups), index, start + index * group.tensor_size, group.tensor_size
@@ -214,7 +215,11 @@ class Subspace:
         if basis.shape[1] == basis.shape[2]:
             return None
         moment: Tensor = getattr(group, f"{side}_moment")
-        mixed = self.decay * (basis @ moment) + (1.0 - self.decay) * products
+        # Moments are averaged after scaling each to unit size: gradients shrink by orders of magnitude in early training, and
+        # without it the large old ones would hold the bases where they were.
+        wide = products.double()  # squares of small products underflow in float32
+        fresh = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)).to(products.dtype)
+        mixed = self.decay * (basis @ moment) + (1.0 - self.decay) * fresh
         moved = _orthonormalise(mixed, basis)
         turn = moved.mT @ basis
         rotated = (moved.mT @ mixed) @ turn.mT

@@ -125,6 +125,11 @@ class LGPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         examples, labels = batch_size(inputs), first_label(inputs, self.label_names)
+        if examples is None or labels is None:
+            logger.warning_once(
+                "Batches that are not a flat dict of tensors with a label are trained on exactly. If yours has labels under "
+                f"other names than {self.label_names}, pass them as `label_names`."
+            )
         if examples is None or examples < 2 or labels is None:
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)

@@ -35,7 +35,7 @@ class LGPTrainingArguments(TrainingArguments):
         metadata={"help": "Kernel of the predictor in the head's input features.", "choices": ["linear", "rbf"]},
     )
     lgp_ridge: float = field(
-        default=0.01, metadata={"help": "Regularisation of the predictor, relative to the kernel's mean diagonal."}
+        default=0.03, metadata={"help": "Regularisation of the predictor, relative to the kernel's mean diagonal."}
     )
     lgp_warmup_examples: int = field(
         default=512, metadata={"help": "Exact examples to gather before the first prediction; steps until then are exact."}
@@ -45,7 +45,7 @@ class LGPTrainingArguments(TrainingArguments):
     )
     lgp_refit_steps: int = field(default=8, metadata={"help": "Micro-batches between two fits of the predictor."})
     lgp_basis_steps: int = field(
-        default=32, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
+        default=8, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
     )
     lgp_seed: int = field(
         default=0,

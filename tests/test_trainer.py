@@ -263,9 +263,10 @@ def test_no_unique_head_is_an_error_unless_one_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         model.echo.weight.copy_(torch.eye(3))
         model.echo.bias.zero_()
+    opaque: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
     with pytest.raises(HeadNotFoundError, match=r"Several.*classifier, echo.*lgp_head"):
-        LGPTrainer(model, arguments(tmp_path, remove_unused_columns=False), train_dataset=data).train()
-    settings = arguments(tmp_path, remove_unused_columns=False, lgp_head="classifier")
+        LGPTrainer(model, arguments(tmp_path, **opaque), train_dataset=data).train()
+    settings = arguments(tmp_path, **opaque, lgp_head="classifier")
     named = LGPTrainer(model, settings, train_dataset=data)
     named.train()
     assert named._lgp_steps["predicted"] > 0

@@ -1,0 +1,141 @@
+"""Factored per-example gradients against gradients formed token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_lgp.factors import Factors
+
+KINDS = ["dense", "index", "identity"]
+every_kind = pytest.mark.parametrize(("kind", "ones"), [(kind, ones) for kind in KINDS for ones in (False, True)])
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factors_and_gradients(
+    kind: str, ones: bool, examples: int = 4, tokens: int = 6, rows: int = 3, cols: int = 5, seed: int = 0
+) -> tuple[Factors, Tensor]:
+    """Random factors and the gradients they stand for, shape ``(examples, rows, cols + ones)``."""
+    left: Tensor | None = None
+    if kind == "dense":
+        left = explicit = randn(examples, tokens, rows, seed=seed)
+    elif kind == "index":
+        left = torch.randint(rows, (examples, tokens), generator=torch.Generator().manual_seed(seed))
+        explicit = F.one_hot(left, rows).double()
+    else:
+        tokens, explicit = rows, torch.eye(rows, dtype=torch.float64).expand(examples, -1, -1)
+    right = randn(examples, tokens, cols, seed=seed + 1)
+    gradients = torch.zeros(examples, rows, cols + int(ones), dtype=torch.float64)
+    for i in range(examples):
+        for t in range(tokens):
+            row = torch.cat([right[i, t], right.new_ones(int(ones))])
+            gradients[i] += torch.outer(explicit[i, t], row)
+    return Factors(left, right, rows, ones), gradients
+
+
+@every_kind
+def test_dense(kind: str, ones: bool) -> None:
+    factors, gradients = factors_and_gradients(kind, ones)
+    assert (factors.examples, factors.rows, factors.cols) == gradients.shape
+    torch.testing.assert_close(factors.dense(), gradients)
+
+
+@every_kind
+def test_project(kind: str, ones: bool) -> None:
+    factors, gradients = factors_and_gradients(kind, ones)
+    left_basis, right_basis = randn(factors.rows, 2, seed=7), randn(factors.cols, 4, seed=8)
+    torch.testing.assert_close(factors.project(left_basis, right_basis), left_basis.T @ gradients @ right_basis)
+
+
+@every_kind
+def test_moment_products(kind: str, ones: bool) -> None:
+    factors, gradients = factors_and_gradients(kind, ones)
+    left_basis, right_basis = randn(factors.rows, 2, seed=7), randn(factors.cols, 4, seed=8)
+    centred = gradients - gradients.mean(0)
+    left = sum((g @ g.T for g in centred), torch.zeros(())) / factors.examples
+    right = sum((g.T @ g for g in centred), torch.zeros(())) / factors.examples
+    left_product, right_product = factors.moment_products(left_basis, right_basis)
+    torch.testing.assert_close(left_product, left @ left_basis)
+    torch.testing.assert_close(right_product, right @ right_basis)
+
+
+@every_kind
+@pytest.mark.parametrize("tokens", [1, 20])  # few tokens and many take different ways
+def test_energy(kind: str, ones: bool, tokens: int) -> None:
+    factors, gradients = factors_and_gradients(kind, ones, tokens=tokens)
+    torch.testing.assert_close(factors.energy(), (gradients - gradients.mean(0)).square().sum())
+
+
+@every_kind
+def test_take(kind: str, ones: bool) -> None:
+    factors, gradients = factors_and_gradients(kind, ones)
+    few = factors.take(3, 0.5)
+    assert few.examples == 3
+    torch.testing.assert_close(few.dense(), 0.5 * gradients[:3])
+    torch.testing.assert_close(few.energy(), 0.25 * (gradients[:3] - gradients[:3].mean(0)).square().sum())
+    assert factors.take(99).examples == 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS),
+    ones=st.booleans(),
+    examples=st.integers(1, 4),
+    tokens=st.integers(1, 6),
+    rows=st.integers(1, 4),
+    cols=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_every_size(kind: str, ones: bool, examples: int, tokens: int, rows: int, cols: int, seed: int) -> None:
+    factors, gradients = factors_and_gradients(kind, ones, examples, tokens, rows, cols, seed)
+    left_basis, right_basis = randn(rows, 2, seed=seed + 2), randn(factors.cols, 3, seed=seed + 3)
+    centred = gradients - gradients.mean(0)
+    left_product, right_product = factors.moment_products(left_basis, right_basis)
+    expected_left = (centred @ centred.mT).mean(0) @ left_basis
+    expected_right = (centred.mT @ centred).mean(0) @ right_basis
+    torch.testing.assert_close(factors.project(left_basis, right_basis), left_basis.T @ gradients @ right_basis)
+    torch.testing.assert_close(left_product, expected_left, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(right_product, expected_right, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(factors.energy(), centred.square().sum(), rtol=1e-7, atol=1e-10)
+
+
+def test_examples_that_agree_have_no_energy() -> None:
+    factors, _ = factors_and_gradients("dense", True, examples=1)
+    assert factors.left is not None
+    twice = Factors(factors.left.repeat(3, 1, 1), factors.right.repeat(3, 1, 1), factors.rows, True)
+    assert 0 <= twice.energy() < 1e-12
+    assert all(
+        product.abs().max() < 1e-12 for product in twice.moment_products(torch.eye(3).double(), torch.eye(6).double())
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(kind: str, dtype: torch.dtype) -> None:
+    factors, _ = factors_and_gradients(kind, False)
+    left = factors.left.to(dtype) if kind == "dense" and factors.left is not None else factors.left
+    half = Factors(left, factors.right.to(dtype), factors.rows)
+    wide = Factors(left.float() if kind == "dense" and left is not None else left, half.right.float(), factors.rows)
+    few = half.take(4, 1e-6)  # smaller than float16 can square
+    assert few.right.dtype == half.energy().dtype == torch.float32
+    torch.testing.assert_close(half.energy(), wide.energy())
+    torch.testing.assert_close(few.dense(), 1e-6 * wide.dense(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coordinates_have_the_dtype_of_the_bases(kind: str) -> None:
+    factors, gradients = factors_and_gradients(kind, kind == "dense")
+    left = factors.left.bfloat16() if kind == "dense" and factors.left is not None else factors.left
+    half = Factors(left, factors.right.bfloat16(), factors.rows, factors.ones)
+    left_basis, right_basis = torch.eye(3), torch.eye(factors.cols)
+    coordinates = half.project(left_basis, right_basis)
+    assert coordinates.dtype == torch.float32
+    torch.testing.assert_close(coordinates, gradients.float(), rtol=0.05, atol=0.1)
+    assert {product.dtype for product in half.moment_products(left_basis, right_basis)} == {torch.float32}

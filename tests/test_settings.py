@@ -1,0 +1,85 @@
+"""Settings: what is refused, and what a trainer's arguments turn into."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_lgp.settings import LGPSettings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("control_fraction", 0.0, r"`lgp_control_fraction` must lie in \(0, 1\], got 0.0. Use 1 for plain"),
+        ("control_fraction", 1.5, r"`lgp_control_fraction` must lie in \(0, 1\], got 1.5"),
+        ("control_fraction", math.nan, r"`lgp_control_fraction`"),
+        ("window", 0, "`lgp_window` must be at least 1, got 0"),
+        ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
+        ("warmup_examples", 0, "`lgp_warmup_examples` must be at least 1"),
+        ("refit_steps", 0, "`lgp_refit_steps` must be at least 1"),
+        ("basis_steps", 0, "`lgp_basis_steps` must be at least 1"),
+        ("observe_examples", 1, "`lgp_observe_examples` must be at least 2 .* got 1"),
+        ("ridge", 0.0, "`lgp_ridge` must be positive, got 0.0"),
+        ("ridge", math.nan, "`lgp_ridge` must be positive"),
+        ("kernel", "cubic", "`lgp_kernel` must be one of linear, rbf, got 'cubic'"),
+        ("warmup_examples", 10**6, r"`lgp_warmup_examples` \(1000000\) cannot exceed `lgp_window` \(\d+\): lower"),
+    ],
+)
+def test_values_out_of_range_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LGPSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"control_fraction": 1.0},
+        {"control_fraction": 1e-3},
+        {"window": 1, "warmup_examples": 1},
+        {"window": 8, "warmup_examples": 8},
+        {"observe_examples": 2},
+        {"kernel": "linear", "ridge": 1e-9},
+    ],
+)
+def test_values_at_the_limits_are_accepted(values: dict[str, Any]) -> None:
+    settings = LGPSettings(**values)
+    assert {name: getattr(settings, name) for name in values} == values
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LGPSettings().rank = 3  # type: ignore[misc]
+
+
+def test_from_arguments_reads_prefixed_attributes_only() -> None:
+    arguments = SimpleNamespace(lgp_rank=4, lgp_kernel="linear", lgp_unknown=1, window=3, seed=9)
+    assert LGPSettings.from_arguments(arguments) == LGPSettings(rank=4, kernel="linear")
+
+
+def test_from_arguments_validates() -> None:
+    with pytest.raises(ValueError, match="lgp_window"):
+        LGPSettings.from_arguments(SimpleNamespace(lgp_window=0))
+
+
+def test_every_setting_can_be_read_from_arguments() -> None:
+    values = {
+        "control_fraction": 0.5,
+        "window": 64,
+        "rank": 3,
+        "kernel": "linear",
+        "ridge": 0.5,
+        "warmup_examples": 32,
+        "observe_examples": 8,
+        "refit_steps": 2,
+        "basis_steps": 5,
+        "seed": 7,
+        "head": "classifier",
+    }
+    settings = LGPSettings.from_arguments(SimpleNamespace(**{f"lgp_{name}": value for name, value in values.items()}))
+    assert dataclasses.asdict(settings) == values
