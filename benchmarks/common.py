@@ -25,13 +25,28 @@ VITS: dict[str, dict[str, int]] = {
         image_size=32, patch_size=4, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512
     ),
     "width-384": dict(
-        image_size=32, patch_size=4, hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+        image_size=32,
+        patch_size=4,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
     ),
     "vit-small-16": dict(
-        image_size=224, patch_size=16, hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+        image_size=224,
+        patch_size=16,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
     ),
     "vit-base-16": dict(
-        image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+        image_size=224,
+        patch_size=16,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
     ),
 }
 
@@ -62,7 +77,9 @@ def load_cifar(folder: Path, split: str, count: int | None = None) -> tuple[Tens
     elif parquet.is_file():
         encoded, labels = _read_parquet(parquet)
     else:
-        raise SystemExit(f"{parquet} is missing: --data must name a folder with CIFAR-10 as train.parquet and test.parquet.")
+        raise SystemExit(
+            f"{parquet} is missing: --data must name a folder with CIFAR-10 as train.parquet and test.parquet."
+        )
     images = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded[:count]]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels[:count])
 
@@ -71,7 +88,9 @@ def _read_parquet(path: Path) -> tuple[list[bytes], list[int]]:
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
-    rows = load_dataset("parquet", data_files={"rows": str(path)}, split="rows").cast_column("img", ImageFeature(decode=False))
+    rows = load_dataset("parquet", data_files={"rows": str(path)}, split="rows").cast_column(
+        "img", ImageFeature(decode=False)
+    )
     return [image["bytes"] for image in rows["img"]], list(rows["label"])
 
 

@@ -130,7 +130,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for block in inside[0]["rho2_by_block"]:
                 summary[phase][f"rho2 {block}"] = sum(r["rho2_by_block"][block] for r in inside) / len(inside)
     return {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name not in ("data", "output")},
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if name not in ("data", "output")
+        },
         "environment": environment(arguments.device),
         "summary": summary,
         "time_shares": recorder.time_shares(),
@@ -149,7 +153,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     records = result["records"]
     steps = [record["step"] for record in records]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for key, label in (("rho2_layer_mean", "mean over tensors"), ("rho2_raw", "by gradient energy"), ("captured_mean", "captured energy")):
+    for key, label in (
+        ("rho2_layer_mean", "mean over tensors"),
+        ("rho2_raw", "by gradient energy"),
+        ("captured_mean", "captured energy"),
+    ):
         left.plot(steps, [record[key] for record in records], label=label)
     for position, block in enumerate(records[0]["rho2_by_block"]):
         colour = plt.cm.viridis(position / len(records[0]["rho2_by_block"]))
@@ -166,7 +174,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet and test.parquet")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet and test.parquet"
+    )
     parser.add_argument("--vit", choices=list(VITS), default="cifar-0.8m")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=128)

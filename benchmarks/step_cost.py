@@ -67,7 +67,11 @@ class TimedTrainer(LGPTrainer):
 
         engine, self._lgp_engine = self._lgp_engine, None  # the parts are plain Trainer's, without our loss hook
         cell = {}
-        for name, work in (("exact", lambda: exact(examples)), ("control", lambda: exact(controls)), ("forward", forward)):
+        for name, work in (
+            ("exact", lambda: exact(examples)),
+            ("control", lambda: exact(controls)),
+            ("forward", forward),
+        ):
             cell[name] = self.timed(name, work)
             model.zero_grad()
         self._lgp_engine = engine

@@ -23,7 +23,14 @@ class Alignment:
         dtype: Their dtype.
     """
 
-    def __init__(self, tensors: int, decay: float = 0.9, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        tensors: int,
+        decay: float = 0.9,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.decay = decay
         self._moments = torch.zeros(3, tensors, device=device, dtype=dtype)
         self._captured = torch.zeros(2, tensors, device=device, dtype=dtype)
@@ -58,7 +65,9 @@ class Alignment:
     def captured(self) -> Tensor:
         """Share of the centred gradient energy inside the bases, per tensor, shape ``(L,)``; 1 before it was measured."""
         kept, total = self._captured
-        return torch.where(total > 0, kept / total.clamp(min=torch.finfo(total.dtype).tiny), torch.ones_like(total)).clamp(0, 1)
+        return torch.where(
+            total > 0, kept / total.clamp(min=torch.finfo(total.dtype).tiny), torch.ones_like(total)
+        ).clamp(0, 1)
 
     @property
     def moments(self) -> Tensor:
@@ -79,7 +88,12 @@ class Alignment:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name."""
-        return {"moments": self._moments, "captured": self._captured, "weight": self._weight, "batches": torch.tensor(self.batches)}
+        return {
+            "moments": self._moments,
+            "captured": self._captured,
+            "weight": self._weight,
+            "batches": torch.tensor(self.batches),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`.

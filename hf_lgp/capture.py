@@ -83,7 +83,9 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _module_ran(self, position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _module_ran(
+        self, position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if self._coordinates is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
         inputs = args[0] if args else next(iter(kwargs.values()))
@@ -119,7 +121,7 @@ class Capture:
             self._consume(position, factors)
 
 
-def _consumers(root: Any, parameters: set[nn.Parameter]) -> list[tuple[Any, nn.Parameter]]:
+def _consumers(root: Any, parameters: set[Tensor]) -> list[tuple[Any, Tensor]]:
     """Autograd nodes near ``root`` that expand or add one of ``parameters`` directly."""
     found, seen, frontier = [], {root}, [root]
     while frontier and len(seen) < _NODES_SEARCHED:

@@ -53,7 +53,9 @@ def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def draw_control(examples: int, controls: int, seed: int, labelled: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+def draw_control(
+    examples: int, controls: int, seed: int, labelled: Tensor | None = None
+) -> tuple[Tensor, float | Tensor]:
     """Draw the control examples uniformly without replacement.
 
     Args:
@@ -225,7 +227,11 @@ class LGPEngine:
 
     def clipped_ranks(self) -> int:
         """Number of weight matrices that are narrower than the rank on some side."""
-        return sum(1 < min(rule.rows, rule.cols) < self.settings.rank for rule in self.rules if len(rule.parameters[0].shape) > 1)
+        return sum(
+            1 < min(rule.rows, rule.cols) < self.settings.rank
+            for rule in self.rules
+            if len(rule.parameters[0].shape) > 1
+        )
 
     def close(self) -> None:
         """Remove every hook from the model."""

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 
-def combine(control_mean: Tensor, predicted_mean: Tensor, predicted_control_mean: Tensor, alpha: Tensor | float) -> Tensor:
+def combine(
+    control_mean: Tensor, predicted_mean: Tensor, predicted_control_mean: Tensor, alpha: Tensor | float
+) -> Tensor:
     """Combine exact and predicted gradients without bias, formula (1).
 
     Args:
@@ -103,7 +105,7 @@ def relative_variance(fraction: float, rho2: float) -> float:
 
 
 def relative_cost(fraction: float, kappa: float) -> float:
-    """Cost of ``G_hat`` in units of one exact forward and backward of all ``m`` examples: ``f + (1 - f) kappa``.  (3)
+    """Cost of ``G_hat`` in units of one exact forward and backward of all ``m`` examples: ``f + (1 - f) kappa``, formula (3).
 
     Args:
         fraction: Control fraction ``f`` in (0, 1].
@@ -123,7 +125,7 @@ def pays(rho2: float, kappa: float) -> bool:
 
 
 def best_fraction(rho2: float, kappa: float) -> float:
-    """Control fraction of least price: ``f* = sqrt(kappa (1 - rho^2) / ((1 - kappa) rho^2))``.              (4)
+    """Control fraction of least price: ``f* = sqrt(kappa (1 - rho^2) / ((1 - kappa) rho^2))``, formula (4).
 
     Args:
         rho2: Squared correlation in [0, 1].
@@ -138,7 +140,7 @@ def best_fraction(rho2: float, kappa: float) -> float:
 
 
 def best_price(rho2: float, kappa: float) -> float:
-    """Price at the best fraction: ``(sqrt((1 - kappa)(1 - rho^2)) + sqrt(kappa rho^2))^2``, or 1 when nothing pays.  (4)"""
+    """Price at the best fraction, formula (4): ``(sqrt((1 - kappa)(1 - rho^2)) + sqrt(kappa rho^2))^2``, 1 if none pays."""
     if not pays(rho2, kappa):
         return 1.0
     return (math.sqrt((1.0 - kappa) * (1.0 - rho2)) + math.sqrt(kappa * rho2)) ** 2

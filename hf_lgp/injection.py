@@ -96,7 +96,9 @@ class SplicedHead(torch.autograd.Function):
         return None, control.to(features.dtype), None, weight_gradient, bias_gradient, *corrections
 
 
-def splice_head(head: nn.Linear, features: Tensor, logits: Tensor, splice: Splice, parameters: Sequence[Tensor]) -> Tensor:
+def splice_head(
+    head: nn.Linear, features: Tensor, logits: Tensor, splice: Splice, parameters: Sequence[Tensor]
+) -> Tensor:
     """Apply :class:`SplicedHead` at a linear head's output.
 
     Args:

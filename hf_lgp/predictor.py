@@ -100,7 +100,9 @@ class GradientPredictor:
             (self._pullbacks, pullbacks),
             (self._coordinates, coordinates),
         ):
-            buffer[rows] = torch.where(finite, values.to(buffer.dtype), torch.zeros((), dtype=buffer.dtype, device=buffer.device))
+            buffer[rows] = torch.where(
+                finite, values.to(buffer.dtype), torch.zeros((), dtype=buffer.dtype, device=buffer.device)
+            )
         self._waiting += count
 
     def measure(self, coordinates: Tensor, predicted: Tensor) -> None:
@@ -115,9 +117,7 @@ class GradientPredictor:
         exact = coordinates - coordinates.mean(0)
         guess = predicted - predicted.mean(0)
         sums = self.subspace.per_tensor_sums
-        self.alignment.update(
-            sums(exact.square().sum(0)), sums(guess.square().sum(0)), sums((exact * guess).sum(0))
-        )
+        self.alignment.update(sums(exact.square().sum(0)), sums(guess.square().sum(0)), sums((exact * guess).sum(0)))
 
     def refit(self) -> None:
         """Move the queue into the window, oldest examples first out, and fit the regression to it."""

@@ -34,7 +34,7 @@ class Rule(ABC):
     cols: int
     rank_factor: int = 1
 
-    def __init__(self, name: str, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, name: str, module: nn.Module, parameters: list[Tensor]) -> None:
         self.name, self.module, self.parameters = name, module, parameters
 
     @staticmethod
@@ -73,7 +73,7 @@ class LinearRule(Rule):
 
     def __init__(self, name: str, module: nn.Linear) -> None:
         self._biased = module.bias is not None and module.bias.requires_grad
-        super().__init__(name, module, [module.weight, *([module.bias] if self._biased else [])])
+        super().__init__(name, module, [p for p in (module.weight, module.bias) if p is not None and p.requires_grad])
         self.rows, self.cols = module.out_features, module.in_features + int(self._biased)
 
     @staticmethod
@@ -97,7 +97,7 @@ class ConvRule(Rule):
 
     def __init__(self, name: str, module: nn.Conv2d) -> None:
         self._biased = module.bias is not None and module.bias.requires_grad
-        super().__init__(name, module, [module.weight, *([module.bias] if self._biased and module.bias is not None else [])])
+        super().__init__(name, module, [p for p in (module.weight, module.bias) if p is not None and p.requires_grad])
         self.rows = module.out_channels
         self.cols = module.weight[0].numel() + int(self._biased)
 
@@ -116,13 +116,8 @@ class ConvRule(Rule):
         assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
         if inputs.shape[0] != examples:
             return None
-        patches = F.unfold(
-            inputs[chosen],
-            kernel_size=_pair(conv.kernel_size),
-            dilation=_pair(conv.dilation),
-            padding=_pair(conv.padding),
-            stride=_pair(conv.stride),
-        )
+        windows = {name: getattr(conv, name) for name in ("kernel_size", "dilation", "padding", "stride")}
+        patches = F.unfold(inputs[chosen], **windows)
         return Factors(delta[chosen].flatten(2).mT, patches.mT, self.rows, ones=self._biased)
 
     def gradients(self, matrix: Tensor) -> list[Tensor]:
@@ -130,10 +125,6 @@ class ConvRule(Rule):
         if not self._biased:
             return [matrix.reshape(shape)]
         return [matrix[:, :-1].reshape(shape), matrix[:, -1]]
-
-
-def _pair(values: tuple[int, ...]) -> list[int]:
-    return list(values)
 
 
 class LayerNormRule(Rule):
@@ -254,7 +245,7 @@ def trunk_rules(model: nn.Module, head: nn.Module) -> list[Rule]:
     Parameters shared by several modules get no rule (their gradient is a sum no single module sees) and so keep their control
     gradient.
     """
-    owners: dict[nn.Parameter, int] = {}
+    owners: dict[Tensor, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
@@ -267,7 +258,7 @@ def trunk_rules(model: nn.Module, head: nn.Module) -> list[Rule]:
             continue
         kind = next((rule for rule in MODULE_RULES if rule.matches(module)), None)
         if kind is not None:
-            rules.append(kind(name, module))  # type: ignore[arg-type]
+            rules.append(kind(name, module))
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if BroadcastRule.fits(parameter):

@@ -42,7 +42,9 @@ class Segment:
 class _Group:
     """Tensors of equal shape: stacked bases ``(L, rows, k_a)`` and ``(L, cols, k_b)`` and their moment estimates."""
 
-    def __init__(self, count: int, rows: int, cols: int, rank: int, start: int, generator: torch.Generator, like: Tensor) -> None:
+    def __init__(
+        self, count: int, rows: int, cols: int, rank: int, start: int, generator: torch.Generator, like: Tensor
+    ) -> None:
         self.count, self.rows, self.cols, self.start = count, rows, cols, start
         self.left_size, self.right_size = basis_sizes(rows, cols, rank)
         self.left = _initial_basis(count, rows, self.left_size, generator, like)

@@ -82,10 +82,16 @@ class LGPTrainer(Trainer):
         self._lgp_engine = None
         self._lgp_restored = None
 
+    @property
+    def _lgp_model(self) -> nn.Module:
+        """The model outside of any wrapper: passes on it touch neither gradients nor their reduction."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def _lgp_build(self, inputs: dict[str, Any]) -> LGPEngine:
-        settings = self._lgp_settings
+        settings, unwrapped = self._lgp_settings, self._lgp_model
         if settings.head:
-            name, head = settings.head, named_head(self.model, settings.head)
+            name, head = settings.head, named_head(unwrapped, settings.head)
         else:
             examples = batch_size(inputs)
             assert examples is not None
@@ -93,16 +99,18 @@ class LGPTrainer(Trainer):
 
             def probe() -> Any:
                 with torch.no_grad(), private_randomness(self.args.device, settings.seed):
-                    return self.model(**few)
+                    return unwrapped(**few)
 
-            name, head = find_head(self.model, probe)
-        engine = LGPEngine(self.model, head, settings, self.args.device)
+            name, head = find_head(unwrapped, probe)
+        engine = LGPEngine(unwrapped, head, settings, self.args.device)
         logger.info(
             f"Predicting gradients below the head `{name}`: {len(engine.rules)} tensors with a rule cover "
             f"{engine.coverage:.2%} of the trunk's trainable parameters."
         )
         if clipped := engine.clipped_ranks():
-            logger.info(f"`lgp_rank={settings.rank}` exceeds the width of {clipped} tensors and is clipped to it there.")
+            logger.info(
+                f"`lgp_rank={settings.rank}` exceeds the width of {clipped} tensors and is clipped to it there."
+            )
         if self._lgp_restored is not None:
             try:
                 engine.load_state_dict(*self._lgp_restored)
@@ -166,11 +174,11 @@ class LGPTrainer(Trainer):
         order = order.to(self.args.device, non_blocking=True)
         # What Trainer does at the start of its step has to precede the prediction pass as well.
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        if callable(begin := getattr(self.optimizer, "train", None)):
+            begin()
         rest = part_of(inputs, order[controls:], examples, without=self.label_names)
         with torch.no_grad(), private_randomness(self.args.device, seed), engine.collecting():
-            self.model(**rest)
+            self._lgp_model(**rest)
         # Labels stay whole: the spliced head returns logits of the whole micro-batch, so the loss is that of all examples.
         control = part_of(inputs, order[:controls], examples, keep=self.label_names)
         with engine.spliced(order, controls, weight):

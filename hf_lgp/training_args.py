@@ -21,7 +21,9 @@ class LGPTrainingArguments(TrainingArguments):
 
     lgp_control_fraction: float = field(
         default=0.25,
-        metadata={"help": "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit."},
+        metadata={
+            "help": "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit."
+        },
     )
     lgp_window: int = field(
         default=2048, metadata={"help": "Number of recent exact examples that the gradient predictor is fitted on."}
@@ -38,7 +40,8 @@ class LGPTrainingArguments(TrainingArguments):
         default=0.03, metadata={"help": "Regularisation of the predictor, relative to the kernel's mean diagonal."}
     )
     lgp_warmup_examples: int = field(
-        default=512, metadata={"help": "Exact examples to gather before the first prediction; steps until then are exact."}
+        default=512,
+        metadata={"help": "Exact examples to gather before the first prediction; steps until then are exact."},
     )
     lgp_observe_examples: int = field(
         default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}
@@ -49,11 +52,15 @@ class LGPTrainingArguments(TrainingArguments):
     )
     lgp_seed: int = field(
         default=0,
-        metadata={"help": "Seed of the private random stream that draws the control examples; other streams stay untouched."},
+        metadata={
+            "help": "Seed of the private random stream that draws the control examples; other streams stay untouched."
+        },
     )
     lgp_head: str = field(
         default="",
-        metadata={"help": "Qualified name of the classification head, an nn.Linear. Empty: find it by a probe forward."},
+        metadata={
+            "help": "Qualified name of the classification head, an nn.Linear. Empty: find it by a probe forward."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,9 @@ class Zoo(nn.Module):
         return self.head(rows.mean(1))
 
 
-def coordinates_of(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], rank: int, chosen: Tensor | slice) -> tuple:
+def coordinates_of(
+    model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], rank: int, chosen: Tensor | slice
+) -> tuple:
     """Rules, subspace and captured coordinates of one forward and backward of the summed loss."""
     rules = trunk_rules(model, head)
     subspace = Subspace([(rule.rows, rule.cols) for rule in rules], rank, dtype=torch.float64)

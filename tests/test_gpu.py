@@ -28,7 +28,14 @@ def gpu_trainer(folder: Path, steps: int = 30, count: int = 512, **settings: Any
         disable_tqdm=True,
         logging_steps=5,
         dataloader_pin_memory=True,
-        **{"lgp_warmup_examples": 64, "lgp_window": 128, "lgp_rank": 4, "lgp_refit_steps": 3, "lgp_basis_steps": 5, **settings},
+        **{
+            "lgp_warmup_examples": 64,
+            "lgp_window": 128,
+            "lgp_rank": 4,
+            "lgp_refit_steps": 3,
+            "lgp_basis_steps": 5,
+            **settings,
+        },
     )
     return LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=TinyImages(count, dtype=torch.float32))
 

@@ -46,7 +46,7 @@ def test_outputs_without_logits_are_an_error() -> None:
 def test_a_named_head_must_exist_and_be_linear() -> None:
     model = tiny_vit()
     assert named_head(model, "classifier") is model.classifier
-    with pytest.raises(HeadNotFoundError, match="does not exist.*classifier"):
+    with pytest.raises(HeadNotFoundError, match=r"does not exist.*classifier"):
         named_head(model, "score")
     with pytest.raises(HeadNotFoundError, match="is a ViTModel"):
         named_head(model, "vit")

@@ -45,7 +45,9 @@ def test_corrections_are_added_and_see_scaled_residuals_control_first() -> None:
         seen.update(features=features, residuals=residuals, pullbacks=pullbacks)
         return [torch.full_like(p, 7.0) for p in trunk.parameters()]
 
-    base = torch.autograd.grad(spliced_loss(trunk, head, x, labels, order, lambda *_: [None, None]), [*trunk.parameters()])
+    base = torch.autograd.grad(
+        spliced_loss(trunk, head, x, labels, order, lambda *_: [None, None]), [*trunk.parameters()]
+    )
     loss = 128.0 * spliced_loss(trunk, head, x, labels, order, correction)
     moved = torch.autograd.grad(loss, [*trunk.parameters()])
     for actual, before in zip(moved, base, strict=True):

@@ -18,7 +18,13 @@ from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.engine import SpliceBypassedError
 from hf_lgp.head import HeadNotFoundError
 
-QUICK: dict[str, Any] = {"lgp_warmup_examples": 16, "lgp_window": 32, "lgp_rank": 3, "lgp_refit_steps": 2, "lgp_basis_steps": 4}
+QUICK: dict[str, Any] = {
+    "lgp_warmup_examples": 16,
+    "lgp_window": 32,
+    "lgp_rank": 3,
+    "lgp_refit_steps": 2,
+    "lgp_basis_steps": 4,
+}
 
 
 def arguments(folder: Path, **settings: Any) -> LGPTrainingArguments:
@@ -102,7 +108,10 @@ def test_batches_of_one_and_batches_without_labels_are_exact(tmp_path: Path) -> 
         return outputs.logits.square().mean()
 
     trainer = LGPTrainer(
-        tiny_vit(torch.float32), arguments(tmp_path), train_dataset=Unlabelled(64, dtype=torch.float32), compute_loss_func=loss
+        tiny_vit(torch.float32),
+        arguments(tmp_path),
+        train_dataset=Unlabelled(64, dtype=torch.float32),
+        compute_loss_func=loss,
     )
     trainer.train()
     assert trainer._lgp_steps == {"exact": 16, "predicted": 0}
@@ -142,7 +151,9 @@ def test_an_overridden_compute_loss_is_honoured(tmp_path: Path) -> None:
     seen = []
 
     class Focal(LGPTrainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             seen.append((len(inputs["pixel_values"]), len(outputs.logits), len(labels)))
@@ -156,7 +167,9 @@ def test_an_overridden_compute_loss_is_honoured(tmp_path: Path) -> None:
 
 def test_a_compute_loss_that_bypasses_the_model_is_an_error(tmp_path: Path) -> None:
     class Bypass(LGPTrainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             if self._lgp_engine is not None and self._lgp_engine.predictor.ready:
                 return sum(p.square().sum() for p in model.parameters())
             return super().compute_loss(model, inputs)
@@ -165,7 +178,9 @@ def test_a_compute_loss_that_bypasses_the_model_is_an_error(tmp_path: Path) -> N
         trainer_for(tmp_path, Bypass).train()
 
 
-def test_non_finite_features_drop_the_correction_and_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_non_finite_features_drop_the_correction_and_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Poisoned(LGPTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             engine = self._lgp_engine

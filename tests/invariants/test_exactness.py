@@ -67,7 +67,9 @@ def test_float_and_total_operations_tell_of_the_saved_backward(tmp_path: Path) -
 
 
 def test_plain_arguments_work_and_get_the_defaults(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=2, save_strategy="no", disable_tqdm=True)
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", max_steps=2, save_strategy="no", disable_tqdm=True
+    )
     trainer = LGPTrainer(tiny_vit(torch.float32), args, train_dataset=TinyImages(16, dtype=torch.float32))
     trainer.train()
     assert trainer._lgp_settings.control_fraction == LGPTrainingArguments.lgp_control_fraction

@@ -59,9 +59,7 @@ def fitted_trainer(case: dict[str, Any], folder: Path, **settings: Any) -> tuple
         **case.get("arguments", {}),
         **settings,
     )
-    trainer = LGPTrainer(
-        tiny_vit(**case.get("model", {})), arguments, train_dataset=data, **case.get("trainer", {})
-    )
+    trainer = LGPTrainer(tiny_vit(**case.get("model", {})), arguments, train_dataset=data, **case.get("trainer", {}))
     trainer._lgp_close = lambda: None  # type: ignore[method-assign]  # keep the fitted predictor after training
     trainer.train()
     return trainer, data
@@ -78,9 +76,7 @@ def gradients(trainer: Trainer, step: Any, batch: dict[str, Tensor], scale: floa
 def every_draw(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor]) -> Iterator[None]:
     """Make the trainer use every equally likely control set once."""
     labels = batch["labels"]
-    eligible = [
-        i for i in range(EXAMPLES) if labels.is_floating_point() or labels.dim() > 1 or int(labels[i]) != -100
-    ]
+    eligible = [i for i in range(EXAMPLES) if labels.is_floating_point() or labels.dim() > 1 or int(labels[i]) != -100]
     for chosen in itertools.combinations(eligible, CONTROLS):
         rest = [i for i in range(EXAMPLES) if i not in chosen]
         draw = torch.tensor([*chosen, *rest]), len(eligible) / CONTROLS

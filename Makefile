@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= outputs/digits
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## say what the targets do
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $(STAMP)
+
+.PHONY: venv
+venv: $(STAMP) ## make the virtual environment with the tested versions
+
+.PHONY: demo
+demo: $(STAMP) ## train a small ViT on handwritten digits with LGPTrainer and evaluate it
+	$(PY) examples/train_vit.py --output_dir $(OUTPUT) $(DEMO)
+
+.PHONY: test
+test: $(STAMP) ## run the test suite
+	$(PY) -m pytest
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## run the longer checks
+	$(PY) -m pytest -m slow
+
+.PHONY: lint
+lint: $(STAMP) ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.PHONY: types
+types: $(STAMP) ## check types
+	$(PY) -m mypy
+
+.PHONY: gpu-check
+gpu-check: ## run GPU tests and benchmarks on the accelerator at hand: make gpu-check PY=python3 CIFAR=folder
+	$(PY) -m pytest -m gpu -p no:cacheprovider tests
+	$(PY) benchmarks/step_cost.py --vit width-384 vit-small-16 vit-base-16 --fraction 1.0 0.5 0.25 --output benchmarks/results
+	$(PY) benchmarks/predictability.py --data $(CIFAR) --workers 8 --name predictability_gpu --output benchmarks/results
