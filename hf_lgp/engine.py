@@ -129,6 +129,7 @@ class LGPEngine:
             queue=settings.observe_examples * settings.refit_steps,
             kernel=settings.kernel,
             ridge=settings.ridge,
+            memory=settings.memory_steps,
             device=device,
             dtype=dtype,
         )

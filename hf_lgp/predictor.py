@@ -7,6 +7,8 @@ belong to the coordinates they are applied to.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class GradientPredictor:
         queue: Number of examples that fit between two refits; when it is full, further ones are dropped.
         kernel: See :class:`~hf_lgp.regression.KernelRidge`.
         ridge: See :class:`~hf_lgp.regression.KernelRidge`.
+        memory: Calls of :meth:`observe` after which what was learned has faded to 1/e; infinity for no fading.
         device: Where everything lives.
         dtype: Dtype of the window.
 
@@ -46,13 +49,14 @@ class GradientPredictor:
         queue: int,
         kernel: Kernel = "rbf",
         ridge: float = 0.03,
+        memory: float = math.inf,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if window < 1 or queue < 1:
             raise ValueError(f"Window and queue must hold at least one example, got {window} and {queue}.")
         self.subspace = subspace
-        self.window, self.queue = window, queue
+        self.window, self.queue, self.memory = window, queue, memory
         self.regression = KernelRidge(kernel, ridge)
         self.alignment = Alignment(len(subspace.segments), device=device, dtype=dtype)
         rows = window + queue
@@ -60,6 +64,8 @@ class GradientPredictor:
         self._features = torch.zeros(rows, features, device=device, dtype=dtype)
         self._pullbacks = torch.zeros(rows, features, device=device, dtype=dtype)
         self._coordinates = torch.zeros(rows, subspace.size, device=device, dtype=dtype)
+        self._times = torch.zeros(rows, device=device, dtype=dtype)
+        self._clock = 0
         self.size = 0
         self._next = 0
         self._waiting = 0
@@ -103,6 +109,8 @@ class GradientPredictor:
             buffer[rows] = torch.where(
                 finite, values.to(buffer.dtype), torch.zeros((), dtype=buffer.dtype, device=buffer.device)
             )
+        self._times[rows] = float(self._clock)
+        self._clock += 1
         self._waiting += count
 
     def measure(self, coordinates: Tensor, predicted: Tensor) -> None:
@@ -125,7 +133,7 @@ class GradientPredictor:
             count = min(self._waiting, self.window - self._next)
             target = slice(self._next, self._next + count)
             source = slice(self.window, self.window + count)
-            for buffer in (self._features, self._pullbacks, self._coordinates):
+            for buffer in (self._features, self._pullbacks, self._coordinates, self._times):
                 buffer[target] = buffer[source]
                 if count < self._waiting:
                     rest = slice(self.window + count, self.window + self._waiting)
@@ -137,7 +145,11 @@ class GradientPredictor:
             self._fit()
 
     def _fit(self) -> None:
-        self.regression.fit(self._features[: self.size], self._pullbacks[: self.size])
+        ages = None
+        if math.isfinite(self.memory):
+            times = self._times[: self.size]
+            ages = (times.max() - times) / self.memory
+        self.regression.fit(self._features[: self.size], self._pullbacks[: self.size], ages)
 
     def kernel_rows(self, features: Tensor, pullbacks: Tensor) -> Tensor:
         """Kernel between a batch and the window, shape ``(q, n)``. Linear in ``pullbacks``."""
@@ -159,7 +171,8 @@ class GradientPredictor:
             "features": self._features[:rows],
             "pullbacks": self._pullbacks[:rows],
             "coordinates": self._coordinates[:rows],
-            "counters": torch.tensor([self.size, self._next, self._waiting, int(self.regression.fitted)]),
+            "times": self._times[:rows],
+            "counters": torch.tensor([self.size, self._next, self._waiting, int(self.regression.fitted), self._clock]),
         }
         state.update({f"subspace.{name}": value for name, value in self.subspace.state_dict().items()})
         state.update({f"alignment.{name}": value for name, value in self.alignment.state_dict().items()})
@@ -172,7 +185,7 @@ class GradientPredictor:
             ValueError: If the state belongs to another model, window or rank.
         """
         rows = state["features"].shape[0]
-        size, next_row, waiting, fitted = (int(value) for value in state["counters"])
+        size, next_row, waiting, fitted, clock = (int(value) for value in state["counters"])
         if (
             rows != self.window + waiting
             or waiting > self.queue
@@ -190,9 +203,10 @@ class GradientPredictor:
             (self._features, "features"),
             (self._pullbacks, "pullbacks"),
             (self._coordinates, "coordinates"),
+            (self._times, "times"),
         ):
             buffer[:rows] = state[name].to(buffer)
-        self.size, self._next, self._waiting = size, next_row, waiting
+        self.size, self._next, self._waiting, self._clock = size, next_row, waiting, clock
         self.regression = KernelRidge(self.regression.kernel, self.regression.ridge)
         if fitted:
             self._fit()

@@ -7,7 +7,8 @@ smoothly with ``a``. Regressing on ``[a; 1] (x) h`` (arXiv 2511.05187) is, in th
     linear:  k(i, j) = (1 + <a_i, a_j>) <h_i, h_j>                                                    (5)
     rbf:     k(i, j) = exp(-|a~_i - a~_j|^2 / (2 D)) <h_i, h_j>,   a~ = (a - mean) / std over the window (6)
 
-Both are linear in ``h``. A prediction is ``w @ C`` with the window's coordinates ``C`` and ``w = k (K + lambda I)^-1``; the
+Both are linear in ``h``. ``J`` drifts as training goes on, so either kernel is multiplied by ``exp(-|t_i - t_j|)`` where the times at
+which examples were seen are known, in units of the predictor's memory. A prediction is ``w @ C`` with the window's coordinates ``C`` and ``w = k (K + lambda I)^-1``; the
 regression itself never touches ``C``.
 """
 
@@ -45,6 +46,7 @@ class KernelRidge:
         self._pullbacks: Tensor | None = None
         self._centre: Tensor | None = None
         self._scale: Tensor | None = None
+        self._fading: Tensor | None = None
         self._factor: Tensor | None = None
 
     @property
@@ -52,12 +54,13 @@ class KernelRidge:
         """Whether :meth:`fit` has been called."""
         return self._factor is not None
 
-    def fit(self, features: Tensor, pullbacks: Tensor) -> None:
+    def fit(self, features: Tensor, pullbacks: Tensor, ages: Tensor | None = None) -> None:
         """Factorise the kernel matrix of the window.
 
         Args:
             features: ``a``, shape ``(n, D)``, floating point.
             pullbacks: ``h``, shape ``(n, D)``.
+            ages: How long ago the examples were seen, in units of the memory, shape ``(n,)``; None for all at once.
 
         A kernel matrix that cannot be factorised yields NaN weights rather than an error, so that no device is stalled
         by looking; callers gate non-finite predictions.
@@ -68,7 +71,11 @@ class KernelRidge:
         self._scale = torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
         self._features = self._standardise(features)
         self._pullbacks = pullbacks.clone()
+        self._fading = None
         gram = self.cross_kernel(features, pullbacks)
+        if ages is not None:
+            gram = gram * (-(ages[:, None] - ages[None, :]).abs()).exp()
+            self._fading = (-ages).exp()
         diagonal = gram.diagonal()
         penalty = (self.ridge * diagonal.mean()).clamp(min=torch.finfo(gram.dtype).tiny)
         gram = gram + torch.diag_embed(penalty.expand_as(diagonal))
@@ -82,7 +89,7 @@ class KernelRidge:
         return (features - self._centre) * self._scale
 
     def cross_kernel(self, features: Tensor, pullbacks: Tensor) -> Tensor:
-        """Kernel between new examples and the fitted window, shape ``(q, n)``.
+        """Kernel between new examples, of age 0, and the fitted window, shape ``(q, n)``.
 
         Args:
             features: ``a`` of the new examples, shape ``(q, D)``.
@@ -97,6 +104,8 @@ class KernelRidge:
         else:
             squares = query.square().sum(1)[:, None] + window.square().sum(1)[None, :]
             similarity = ((2.0 * products - squares).clamp(max=0.0) / (2.0 * query.shape[1])).exp()
+        if self._fading is not None:
+            similarity = similarity * self._fading
         return similarity * (pullbacks @ self._pullbacks.T)
 
     def weights(self, kernel_rows: Tensor) -> Tensor:

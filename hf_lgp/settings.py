@@ -17,6 +17,7 @@ class LGPSettings:
         rank: Basis vectors per side of a weight matrix's factored coordinates.
         kernel: ``"linear"`` or ``"rbf"``.
         ridge: Regularisation, relative to the kernel's mean diagonal.
+        memory_steps: Micro-batches after which an exact example's say in predictions has faded to 1/e.
         warmup_examples: Exact examples to gather before the first prediction; the steps until then are exact.
         observe_examples: Largest number of exact examples observed per micro-batch.
         refit_steps: Micro-batches between two fits of the regression.
@@ -33,9 +34,10 @@ class LGPSettings:
     rank: int = 16
     kernel: Kernel = "rbf"
     ridge: float = 0.03
+    memory_steps: int = 256
     warmup_examples: int = 512
     observe_examples: int = 64
-    refit_steps: int = 8
+    refit_steps: int = 4
     basis_steps: int = 8
     seed: int = 0
     head: str = ""
@@ -45,7 +47,7 @@ class LGPSettings:
             raise ValueError(
                 f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training."
             )
-        for name in ("window", "rank", "warmup_examples", "refit_steps", "basis_steps"):
+        for name in ("window", "rank", "memory_steps", "warmup_examples", "refit_steps", "basis_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
         if self.observe_examples < 2:

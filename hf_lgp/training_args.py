@@ -39,6 +39,10 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_ridge: float = field(
         default=0.03, metadata={"help": "Regularisation of the predictor, relative to the kernel's mean diagonal."}
     )
+    lgp_memory_steps: int = field(
+        default=256,
+        metadata={"help": "Micro-batches after which an exact example's say in predictions has faded to 1/e."},
+    )
     lgp_warmup_examples: int = field(
         default=512,
         metadata={"help": "Exact examples to gather before the first prediction; steps until then are exact."},
@@ -46,7 +50,7 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_observe_examples: int = field(
         default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}
     )
-    lgp_refit_steps: int = field(default=8, metadata={"help": "Micro-batches between two fits of the predictor."})
+    lgp_refit_steps: int = field(default=4, metadata={"help": "Micro-batches between two fits of the predictor."})
     lgp_basis_steps: int = field(
         default=8, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
     )

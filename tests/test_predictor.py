@@ -266,3 +266,18 @@ def test_a_state_of_another_predictor_is_refused(difference: str) -> None:
 def test_window_and_queue_must_hold_something(window: int, queue: int) -> None:
     with pytest.raises(ValueError, match="at least one example"):
         predictor(window, queue)
+
+
+def test_memory_counts_the_calls_since_an_example_was_observed() -> None:
+    model = GradientPredictor(Subspace(SHAPES, 4, dtype=torch.float64), 3, 6, queue=6, memory=2.0, dtype=torch.float64)
+    batches = [examples(2, seed=seed) for seed in range(3)]
+    for batch in batches:
+        model.observe(*batch)
+    model.refit()
+    reference_fit = KernelRidge("rbf", 0.03)
+    ages = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
+    a, h, c = joined(batches)
+    reference_fit.fit(a, h, ages)
+    query_a, query_h, _ = examples(3, seed=9)
+    expected = reference_fit.weights(reference_fit.cross_kernel(query_a, query_h)) @ c
+    torch.testing.assert_close(model.predict(model.kernel_rows(query_a, query_h)), expected, rtol=1e-10, atol=1e-12)

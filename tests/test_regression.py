@@ -185,3 +185,19 @@ def test_arguments_are_validated() -> None:
     for ridge in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="ridge"):
             KernelRidge(ridge=ridge)
+
+
+def test_older_examples_fade_from_the_kernel_entry_by_entry() -> None:
+    (a, h), (query_a, query_h), y = examples(6, 3, 0), examples(4, 3, 1), targets(6, 0)
+    ages = torch.tensor([5.0, 0.0, 1.0, 2.5, 0.0, 3.0], dtype=torch.float64)
+    plain, fading = KernelRidge("linear", 0.1), KernelRidge("linear", 0.1)
+    plain.fit(a, h)
+    fading.fit(a, h, ages)
+    gram = plain.cross_kernel(a, h)
+    penalty = 0.1 * gram.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    faded = gram * torch.exp(-(ages[:, None] - ages[None, :]).abs())
+    rows = plain.cross_kernel(query_a, query_h) * torch.exp(-ages)
+    expected = rows @ torch.linalg.solve(faded + penalty, y)
+    torch.testing.assert_close(predict(fading, query_a, query_h, y), expected, rtol=1e-10, atol=1e-12)
+    fading.fit(a, h)
+    assert torch.equal(predict(fading, query_a, query_h, y), predict(plain, query_a, query_h, y))

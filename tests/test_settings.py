@@ -74,6 +74,7 @@ def test_every_setting_can_be_read_from_arguments() -> None:
         "rank": 3,
         "kernel": "linear",
         "ridge": 0.5,
+        "memory_steps": 100,
         "warmup_examples": 32,
         "observe_examples": 8,
         "refit_steps": 2,
