@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--vit", nargs="+", choices=list(VITS), default=["width-384"])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
-    parser.add_argument("--cycles", type=int, default=1, help="cycles of basis moves to time, after one for warming up")
+    parser.add_argument("--cycles", type=int, default=4, help="cycles of basis moves to time, after one for warming up")
     parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -126,7 +126,10 @@ class LGPEngine:
             subspace,
             head.in_features,
             settings.window,
-            queue=settings.observe_examples * settings.refit_steps,
+            # Room for what comes in between two fits, and for what the first fit waits for.
+            queue=max(
+                settings.observe_examples * settings.refit_steps, settings.warmup_examples + settings.observe_examples
+            ),
             kernel=settings.kernel,
             ridge=settings.ridge,
             memory=settings.memory_steps,

@@ -68,6 +68,12 @@ def test_predictions_are_used_logged_and_every_hook_is_gone_afterwards(tmp_path:
     assert not any(key.startswith("lgp_") for entry in evaluation for key in entry)
 
 
+def test_a_warmup_longer_than_what_comes_in_between_two_fits_ends(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, lgp_observe_examples=4, lgp_refit_steps=1, lgp_warmup_examples=32)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 8 + 2, "predicted": 6}
+
+
 def test_two_trainers_live_in_one_process_without_hearing_each_other(tmp_path: Path) -> None:
     alone = trainer_for(tmp_path)
     alone.train()
