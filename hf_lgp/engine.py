@@ -29,6 +29,9 @@ from .subspace import Subspace
 _BASIS_EXAMPLES = 16
 """Examples whose gradients move the bases: enough for 16 to 32 directions when averaged over moves."""
 
+_WEIGHED_EXAMPLES = 8
+"""Examples whose whole gradient energy is measured, now and then: the costliest reading there is."""
+
 _MEASURED_EXAMPLES = 16
 """Examples whose predictions are compared with their exact gradients, each micro-batch: variances are averaged over time."""
 
@@ -301,9 +304,10 @@ class LGPEngine:
         few = factors.take(_BASIS_EXAMPLES, 1.0 / (self._unit(observation) * observation.weight))
         subspace = self.predictor.subspace
         if self._weighing:
-            kept = subspace.project(position, few)
+            fewer = few.take(_WEIGHED_EXAMPLES)
+            kept = subspace.project(position, fewer)
             self._energies[0, position] = (kept - kept.mean(0)).square().sum()
-            self._energies[1, position] = few.energy()
+            self._energies[1, position] = fewer.energy()
         subspace.accumulate(position, few)
 
     def _head_ran(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -92,6 +92,16 @@ def _orthonormalise(products: Tensor, previous: Tensor) -> Tensor:
     return torch.where(healthy, wide, previous.double()).to(previous.dtype).contiguous()
 
 
+def _turn(blocks: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """``left C right^T`` for every ``C`` of ``blocks``, shape ``(n, k_a, k_b)``, as two large products."""
+    rows, left_size, right_size = blocks.shape
+    if right is not None:
+        blocks = (blocks.reshape(-1, right_size) @ right.T).view(rows, left_size, right_size)
+    if left is not None:
+        blocks = (blocks.mT.reshape(-1, left_size) @ left.T).view(rows, right_size, left_size).mT
+    return blocks
+
+
 class Subspace:
     """Bases, projection, lift and re-expression for all tensors of a model.
 
@@ -201,14 +211,17 @@ class Subspace:
             products = [self._products.get(p, idle[index]) for index, p in enumerate(positions)]
             left_turn = self._move(group, "left", torch.stack([left for left, _ in products]))
             right_turn = self._move(group, "right", torch.stack([right for _, right in products]))
-            for buffer in coordinates:
-                blocks = group.unflatten(buffer)
-                if left_turn is not None:
-                    blocks = left_turn @ blocks
-                if right_turn is not None:
-                    blocks = blocks @ right_turn.mT
-                if left_turn is not None or right_turn is not None:
-                    buffer[:, group.start : group.stop] = blocks.flatten(1)
+            # One tensor at a time: its columns of a whole window fit into a cache, those of a group do not.
+            for index in range(group.count):
+                start = group.start + index * group.tensor_size
+                for buffer in coordinates:
+                    columns = buffer[:, start : start + group.tensor_size]
+                    turned = _turn(
+                        columns.unflatten(1, (group.left_size, group.right_size)),
+                        None if left_turn is None else left_turn[index],
+                        None if right_turn is None else right_turn[index],
+                    )
+                    columns.copy_(turned.flatten(1))
         self._products.clear()
 
     def _move(self, group: _Group, side: str, products: Tensor) -> Tensor | None:
