@@ -40,6 +40,8 @@ def main(folder: str, find_unused: str) -> None:
         dist.broadcast(mine, 0)
         assert torch.equal(mine, parameter), f"{name} differs between ranks"
     print(f"rank {dist.get_rank()} agrees", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()  # a rank that exits with gloo's threads running may abort
 
 
 if __name__ == "__main__":
