@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO := --image_size 16 --patch_size 4 --hidden_size 64 --num_hidden_layers 4 --random_crop_padding 1 \
 	--num_train_epochs 70 --per_device_train_batch_size 64 --per_device_eval_batch_size 128 \
-	--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 100 --logging_steps 100 --lgp_window 1024 --lgp_control_fraction 0.5
+	--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 100 --logging_steps 100 --lgp_window 1024
 
 .DEFAULT_GOAL := help
 
