@@ -11,7 +11,7 @@ from .settings import LGPSettings
 _EAGER_BASIS_STEPS = 8
 """The first bases are random: they move at every one of so many micro-batches, until they point somewhere."""
 
-_WEIGHING_MOVES = 4
+_WEIGHING_MOVES = 8
 """Captured energy is measured at every so many moves."""
 
 
