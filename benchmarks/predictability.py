@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 
 PHASES = {"steps 200-250": (200, 250), "steps 1050-1200": (1050, 1200)}
-PARTS = ("capture", "correction", "observe", "move_bases", "refit")
+PARTS = ("capture", "path", "path_coordinates", "correction", "observe", "move_bases", "refit")
 
 
 def block_of(name: str) -> str:
@@ -73,19 +73,29 @@ class Recorder(TrainerCallback):
 def measures(engine: Any) -> dict[str, Any]:
     """Readings of one moment, per tensor and summarised."""
     alignment = engine.predictor.alignment
-    rho2, alpha, captured = alignment.rho2, alignment.alpha, alignment.captured
-    variance = alignment.moments[0] / captured.clamp(min=1e-6)
+    rho2, captured, variance = alignment.rho2, alignment.captured, alignment.variance
+    path, ridge = alignment.coefficients
     blocks: dict[str, list[float]] = {}
     for rule, value in zip(engine.rules, rho2.tolist(), strict=True):
         blocks.setdefault(block_of(rule.name), []).append(value)
+
+    def by_tensor(values: Any) -> dict[str, float]:
+        return {rule.name: round(value, 4) for rule, value in zip(engine.rules, values.tolist(), strict=True)}
+
     return {
         "rho2_layer_mean": rho2.mean().item(),
         "rho2_raw": ((rho2 * variance).sum() / variance.sum()).item(),
+        "rho2_path_alone": alignment.path_rho2.mean().item(),
         "rho2_by_block": {block: sum(values) / len(values) for block, values in blocks.items()},
-        "rho2_by_tensor": {rule.name: round(v, 4) for rule, v in zip(engine.rules, rho2.tolist(), strict=True)},
+        "rho2_by_tensor": by_tensor(rho2),
+        "rho2_path_by_tensor": by_tensor(alignment.path_rho2),
         "captured_mean": captured.mean().item(),
-        "captured_by_tensor": {rule.name: round(v, 4) for rule, v in zip(engine.rules, captured.tolist(), strict=True)},
-        "alpha_mean": alpha.mean().item(),
+        "captured_by_tensor": by_tensor(captured),
+        "alpha_mean": ridge.mean().item(),
+        "alpha_path_mean": path.mean().item(),
+        "alpha_path_by_tensor": by_tensor(path),
+        "alpha_by_tensor": by_tensor(ridge),
+        "beta_by_tensor": by_tensor(alignment.beta),
         "window": engine.predictor.size,
     }
 
@@ -116,6 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             lgp_ridge=options.ridge,
             lgp_refit_steps=options.refit,
             lgp_basis_steps=options.basis,
+            lgp_class_path=not options.ridge_alone,
         )
         recorder = Recorder(options.every, options.steps - options.basis)
         trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=[recorder])
@@ -125,7 +136,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for phase, (first, last) in PHASES.items():
         inside = [record for record in recorder.records if first <= record["step"] <= last]
         if inside:
-            keys = ("rho2_layer_mean", "rho2_raw", "captured_mean", "alpha_mean")
+            keys = (
+                "rho2_layer_mean",
+                "rho2_raw",
+                "rho2_path_alone",
+                "captured_mean",
+                "alpha_mean",
+                "alpha_path_mean",
+            )
             summary[phase] = {key: sum(record[key] for record in inside) / len(inside) for key in keys}
             for block in inside[0]["rho2_by_block"]:
                 summary[phase][f"rho2 {block}"] = sum(r["rho2_by_block"][block] for r in inside) / len(inside)
@@ -156,6 +174,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for key, label in (
         ("rho2_layer_mean", "mean over tensors"),
         ("rho2_raw", "by gradient energy"),
+        ("rho2_path_alone", "class path alone"),
         ("captured_mean", "captured energy"),
     ):
         left.plot(steps, [record[key] for record in records], label=label)
@@ -188,6 +207,7 @@ def main() -> None:
     parser.add_argument("--ridge", type=float, default=LGPTrainingArguments.lgp_ridge)
     parser.add_argument("--refit", type=int, default=LGPTrainingArguments.lgp_refit_steps)
     parser.add_argument("--basis", type=int, default=LGPTrainingArguments.lgp_basis_steps)
+    parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
     parser.add_argument("--every", type=int, default=10, help="steps between two records")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)

@@ -1,8 +1,10 @@
 """Alignment of predicted and exact gradients, tracked prequentially and per tensor.
 
-Every control example is predicted *before* it enters the window, so its exact and predicted coordinates give an honest
-estimate of how well the next examples will be predicted, at no extra pass. From exponentially averaged centred second
-moments follow the control-variate coefficient ``alpha`` and the squared correlation ``rho^2``.
+A prediction has two parts, the class path ``p`` and the ridge regression ``r`` on what the path leaves over,
+``g - beta p``. Every control example is predicted *before* it enters the window, so its exact and predicted coordinates
+give an honest estimate of how well the next examples will be predicted, at no extra pass. From exponentially averaged
+centred second moments follow ``beta``, the control-variate coefficients of both parts (one regression of ``g`` on ``p``
+and ``r``), and the share of the gradient's variance that predictions explain.
 """
 
 from __future__ import annotations
@@ -10,11 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .estimator import optimal_alpha, squared_correlation
+MOMENTS = ("gg", "gp", "gr", "pp", "pr", "rr")
+"""Centred second moments of exact gradient ``g``, path ``p`` and ridge ``r``, in the order in which they are kept."""
+
+_LARGEST = 2.0
+"""Coefficients beyond this are noise: path and ridge are gradients in the gradient's own units."""
+
+_COLLINEAR = 1e-3
+"""Relative ridge of the two-by-two regression: path and ridge may become nearly collinear."""
 
 
 class Alignment:
-    """Exponential averages of ``Var(g)``, ``Var(g_hat)`` and ``Cov(g, g_hat)``, one of each per tensor.
+    """Exponential averages of centred second moments of ``g``, ``p`` and ``r``, one of each per tensor.
 
     Args:
         tensors: Number ``L`` of tensors.
@@ -32,65 +41,97 @@ class Alignment:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.decay = decay
-        self._moments = torch.zeros(3, tensors, device=device, dtype=dtype)
-        self._captured = torch.zeros(2, tensors, device=device, dtype=dtype)
+        self._moments = torch.zeros(len(MOMENTS), tensors, device=device, dtype=dtype)
+        self._energies = torch.zeros(4, tensors, device=device, dtype=dtype)
         self._weight = torch.zeros((), device=device, dtype=dtype)
         self.batches = 0
 
-    def update(self, variance: Tensor, predicted_variance: Tensor, covariance: Tensor) -> None:
+    def update(self, moments: Tensor) -> None:
         """Add one batch of control examples.
 
         Args:
-            variance: Centred sum over examples of ``|C|^2``, per tensor, shape ``(L,)``.
-            predicted_variance: The same of ``|C_hat|^2``, shape ``(L,)``.
-            covariance: The same of ``<C, C_hat>``, shape ``(L,)``.
+            moments: Centred sums over examples in the order of :data:`MOMENTS`, per tensor, shape ``(6, L)``.
 
         A batch with non-finite entries is left out, on the device.
         """
-        fresh = torch.stack([variance, predicted_variance, covariance]).to(self._moments)
+        fresh = moments.to(self._moments)
         finite = fresh.isfinite().all()
         mixed = torch.lerp(fresh, self._moments, self.decay)
         self._moments = torch.where(finite, mixed, self._moments)
         self._weight = torch.where(finite, self.decay * self._weight + (1.0 - self.decay), self._weight)
         self.batches += 1
 
-    def update_captured(self, kept: Tensor, total: Tensor) -> None:
-        """Add one batch of captured energies: centred, inside the bases (``kept``) and in all (``total``), shape ``(L,)``."""
-        fresh = torch.stack([kept, total]).to(self._captured)
+    def update_energies(self, error: Tensor, total: Tensor, kept: Tensor, remainder: Tensor) -> None:
+        """Add one batch of centred energies of *whole* gradients, outside of the bases too, shape ``(L,)`` each.
+
+        Args:
+            error: Of what predictions left unexplained.
+            total: Of the exact gradients.
+            kept: Of the remainder ``g - beta p`` inside the bases.
+            remainder: Of the whole remainder.
+        """
+        fresh = torch.stack([error, total, kept, remainder]).to(self._energies)
         # Few batches are measured (when bases move), so the past counts for less than in the moments.
-        mixed = torch.lerp(fresh, self._captured, 0.5)
-        self._captured = torch.where(fresh.isfinite().all(), mixed, self._captured)
+        mixed = torch.lerp(fresh, self._energies, 0.7)
+        self._energies = torch.where(fresh.isfinite().all(), mixed, self._energies)
 
     @property
     def captured(self) -> Tensor:
-        """Share of the centred gradient energy inside the bases, per tensor, shape ``(L,)``; 1 before it was measured."""
-        kept, total = self._captured
-        return torch.where(
-            total > 0, kept / total.clamp(min=torch.finfo(total.dtype).tiny), torch.ones_like(total)
-        ).clamp(0, 1)
-
-    @property
-    def moments(self) -> Tensor:
-        """Bias-corrected averages ``(Var(C), Var(C_hat), Cov(C, C_hat))``, shape ``(3, L)``; zero before the first batch."""
-        return self._moments / self._weight.clamp(min=torch.finfo(self._weight.dtype).tiny)
-
-    @property
-    def alpha(self) -> Tensor:
-        """Control-variate coefficients, shape ``(L,)``; 0 before the first batch."""
-        _, predicted_variance, covariance = self._moments
-        return optimal_alpha(covariance, predicted_variance)
+        """Share of the remainder's energy inside the bases, per tensor, shape ``(L,)``; 1 before it was measured."""
+        return _share(self._energies[2], self._energies[3])
 
     @property
     def rho2(self) -> Tensor:
-        """Squared correlations with the *whole* gradient, shape ``(L,)``: those of the coordinates times :attr:`captured`."""
-        variance, predicted_variance, covariance = self._moments
-        return squared_correlation(covariance, variance, predicted_variance) * self.captured
+        """Share of the whole gradient's variance that predictions explain, shape ``(L,)``; 0 before it was measured.
+
+        At optimal coefficients this is the squared correlation of exact and predicted gradients; with the coefficients
+        actually used it is never more.
+        """
+        return 1.0 - _share(self._energies[0], self._energies[1])
+
+    @property
+    def path_rho2(self) -> Tensor:
+        """Share that the path alone would explain, with its own coefficient ``beta``, shape ``(L,)``."""
+        return 1.0 - _share(self._energies[3], self._energies[1])
+
+    @property
+    def variance(self) -> Tensor:
+        """Centred energy of the whole gradient, in units common to all tensors, shape ``(L,)``."""
+        return self._energies[1]
+
+    @property
+    def moments(self) -> Tensor:
+        """Bias-corrected averages in the order of :data:`MOMENTS`, shape ``(6, L)``; zero before the first batch."""
+        return self._moments / self._weight.clamp(min=torch.finfo(self._weight.dtype).tiny)
+
+    @property
+    def beta(self) -> Tensor:
+        """Coefficient of the path in what the ridge regression is fitted to, shape ``(L,)``; 1 before it was measured."""
+        _, gp, _, pp, _, _ = self._moments
+        return _quotient(gp, pp, 1.0).clamp(0.0, _LARGEST)
+
+    @property
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Control-variate coefficients of path and ridge, shape ``(L,)`` each; 0 before the first batch.
+
+        The least-squares solution in ``Var(g - a_p p - a_r r)``, each clipped to [0, 2]; where one part is absent, the
+        other's own.
+        """
+        _, gp, gr, pp, pr, rr = self._moments
+        # Normalised to unit variances first: products of tiny variances underflow in float32.
+        root_p, root_r = _quotient(torch.ones_like(pp), pp.sqrt(), 0.0), _quotient(torch.ones_like(rr), rr.sqrt(), 0.0)
+        on_p, on_r, between = gp * root_p, gr * root_r, (pr * root_p * root_r).clamp(-1.0, 1.0)
+        own = 1.0 + _COLLINEAR
+        determinant = own * own - between.square()
+        path = (own * on_p - between * on_r) / determinant * root_p
+        ridge = (own * on_r - between * on_p) / determinant * root_r
+        return path.clamp(0.0, _LARGEST), ridge.clamp(0.0, _LARGEST)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name."""
         return {
             "moments": self._moments,
-            "captured": self._captured,
+            "energies": self._energies,
             "weight": self._weight,
             "batches": torch.tensor(self.batches),
         }
@@ -104,6 +145,17 @@ class Alignment:
         if state["moments"].shape != self._moments.shape:
             raise ValueError("The stored alignment belongs to another number of tensors.")
         self._moments = state["moments"].to(self._moments, copy=True)
-        self._captured = state["captured"].to(self._captured, copy=True)
+        self._energies = state["energies"].to(self._energies, copy=True)
         self._weight = state["weight"].to(self._weight, copy=True)
         self.batches = int(state["batches"])
+
+
+def _quotient(numerator: Tensor, denominator: Tensor, otherwise: float) -> Tensor:
+    """``numerator / denominator``, and ``otherwise`` where the denominator vanishes."""
+    some = denominator > 0
+    quotient = numerator / torch.where(some, denominator, torch.ones_like(denominator))
+    return torch.where(some, quotient, torch.full_like(quotient, otherwise))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return _quotient(part, whole, 1.0).clamp(0.0, 1.0)

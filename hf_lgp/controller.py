@@ -11,9 +11,6 @@ from .settings import LGPSettings
 _EAGER_BASIS_STEPS = 8
 """The first bases are random: they move at every one of so many micro-batches, until they point somewhere."""
 
-_WEIGHING_MOVES = 8
-"""Captured energy is measured at every so many moves."""
-
 
 class Controller:
     """Decisions of one training run.
@@ -38,11 +35,6 @@ class Controller:
     def moves_bases(self) -> bool:
         """Whether the micro-batch being observed contributes to the bases."""
         return self.observed < _EAGER_BASIS_STEPS or self.observed % self.settings.basis_steps == 0
-
-    @property
-    def weighs_energy(self) -> bool:
-        """Whether to measure, at a move, how much gradient energy the bases capture: full gradients cost more than a move."""
-        return self.observed < _EAGER_BASIS_STEPS or self.observed % (_WEIGHING_MOVES * self.settings.basis_steps) == 0
 
     def refit_due(self, remembered: int, fitted: bool, queue_full: bool) -> bool:
         """Whether to refit after the micro-batch just observed.

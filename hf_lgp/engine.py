@@ -6,7 +6,7 @@ or :meth:`LGPEngine.spliced`, and calls :meth:`LGPEngine.finish`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from .capture import Capture
+from .class_path import ClassPath, same_features
 from .controller import Controller
 from .estimator import control_size
 from .factors import Factors
+from .families import find_backbone
 from .injection import Splice, splice_head
+from .path_terms import PathTerm
 from .predictor import GradientPredictor
 from .rules import coverage, trunk_rules
 from .settings import LGPSettings
@@ -29,8 +32,8 @@ from .subspace import Subspace
 _BASIS_EXAMPLES = 16
 """Examples whose gradients move the bases: enough for 16 to 32 directions when averaged over moves."""
 
-_WEIGHED_EXAMPLES = 8
-"""Examples whose whole gradient energy is measured, now and then: the costliest reading there is."""
+_SKETCHES = 8
+"""Random vectors per tensor with which whole gradients are compared with predictions when bases move."""
 
 _MEASURED_EXAMPLES = 16
 """Examples whose predictions are compared with their exact gradients, each micro-batch: variances are averaged over time."""
@@ -92,6 +95,8 @@ class _Observation:
     features: Tensor | None = None
     pullbacks: Tensor | None = None
     predicted: Tensor | None = None
+    path: list[PathTerm | None] | None = None
+    path_coordinates: Tensor | None = None
 
 
 class LGPEngine:
@@ -140,17 +145,20 @@ class LGPEngine:
             dtype=dtype,
         )
         self.controller = Controller(settings)
+        backbone = find_backbone(model) if settings.class_path else None
+        self.path = None if backbone is None else ClassPath(backbone, self.rules)
         self._capture = Capture(self.rules, subspace)
         self._parameters = [parameter for rule in self.rules for parameter in rule.parameters]
         self._coordinates = torch.zeros(settings.observe_examples, subspace.size, device=device, dtype=dtype)
-        self._energies = torch.zeros(2, len(self.rules), device=device, dtype=dtype)
+        self._path_coordinates = torch.zeros_like(self._coordinates)
+        self._energies = torch.zeros(4, len(self.rules), device=device, dtype=dtype)
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
         self._loss_scale: Tensor | None = None
         self._collected: tuple[Tensor, Tensor] | None = None
         self._collecting = False
         self._splice: tuple[Tensor, float | Tensor] | None = None
         self._observation: _Observation | None = None
-        self._moving = self._weighing = False
+        self._moving = False
         self._handle = head.register_forward_hook(self._head_ran)
 
     # -- what a trainer calls ------------------------------------------------------------------------------------------
@@ -171,17 +179,71 @@ class LGPEngine:
             order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
             chosen = order[: self.settings.observe_examples].to(self.device, non_blocking=True)
         self._observation = _Observation(examples, chosen, 1.0, examples)
+        if self.path is not None:
+            count = min(examples, self.settings.observe_examples)
+            self.path.start(count)
+            self.path.arm(slice(0, count), chosen)
         with self._armed():
             yield
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Keep features and logits of the forward inside: the prediction examples'."""
+    @torch.no_grad()
+    def predict(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int, controls: int) -> None:
+        """Run the prediction examples of a micro-batch without a graph; call before :meth:`spliced`.
+
+        Args:
+            inputs: The model's inputs for the prediction examples, without labels.
+            forward: Runs the model on them; called unless the class path has a cheaper pass of its own.
+            examples: Size ``m`` of the micro-batch.
+            controls: Number ``m_c`` of control examples.
+        """
         self._collecting = True
         try:
-            yield
+            features = None
+            if self.path is not None:
+                self.path.start(examples)
+                self.path.arm(slice(controls, examples))
+                features = self.path.features(inputs)
+            if features is None:
+                forward()
+            else:
+                self.head(features)
         finally:
             self._collecting = False
+            if self.path is not None:
+                self.path.disarm()
+
+    def verify_path(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int) -> bool:
+        """Check on a few examples that the head reads the class row as the path assumes; give the path up if not.
+
+        Args:
+            inputs: The model's inputs for these examples, without labels.
+            forward: Runs the model on them and must not draw other random numbers than the path's own pass.
+            examples: Their number.
+
+        Returns:
+            Whether the path is in use.
+        """
+        if self.path is None:
+            return False
+        self._collecting = True
+        with torch.no_grad():
+            try:
+                self.path.start(examples)
+                self.path.arm(slice(0, examples))
+                forward()
+                assert self._collected is not None
+                expected, self._collected = self._collected[0], None
+                agrees = self.path.reads_class_row(expected)
+                if agrees and self.path.shortcut:
+                    features = self.path.features(inputs)
+                    self.path.shortcut = features is not None and same_features(expected, features)
+            finally:
+                self._collecting = False
+                self.path.disarm()
+        if not agrees:
+            self.path.close()
+            self.path = None
+        return agrees
 
     @contextmanager
     def spliced(self, order: Tensor, controls: int, weight: float | Tensor) -> Iterator[None]:
@@ -198,6 +260,8 @@ class LGPEngine:
         chosen = slice(0, min(controls, self.settings.observe_examples))
         self._observation = _Observation(controls, chosen, weight, len(order))
         self._splice = order, weight
+        if self.path is not None:
+            self.path.arm(slice(0, controls))
         try:
             with self._armed():
                 yield
@@ -215,14 +279,19 @@ class LGPEngine:
         if observation is None or observation.features is None or observation.pullbacks is None:
             return
         coordinates = self._coordinates[: len(observation.features)] / (self._unit(observation) * observation.weight)
+        alignment, path = self.predictor.alignment, observation.path_coordinates
         with record_function("hf_lgp.observe"):
+            targets = coordinates
+            if path is not None:
+                targets = coordinates - self.predictor.subspace.per_coordinate(alignment.beta) * path
+            self.predictor.observe(observation.features, observation.pullbacks, targets)
             if observation.predicted is not None:
-                self.predictor.measure(coordinates[: len(observation.predicted)], observation.predicted)
-            self.predictor.observe(observation.features, observation.pullbacks, coordinates)
+                few = slice(0, len(observation.predicted))
+                self.predictor.measure(coordinates[few], None if path is None else path[few], observation.predicted)
         if self._moving:
             with record_function("hf_lgp.move_bases"):
-                if self._weighing:
-                    self.predictor.alignment.update_captured(*self._energies)
+                if observation.predicted is not None:
+                    alignment.update_energies(*self._energies)
                 self.predictor.move_bases()
         self.controller.advance()
         queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
@@ -243,16 +312,18 @@ class LGPEngine:
     def close(self) -> None:
         """Remove every hook from the model."""
         self._capture.close()
+        if self.path is not None:
+            self.path.close()
         self._handle.remove()
 
     def metrics(self) -> dict[str, float]:
         """Readings for a log; this waits for the device."""
         alignment = self.predictor.alignment
-        readings = torch.stack([alignment.rho2.mean(), alignment.alpha.mean(), alignment.captured.mean()]).tolist()
+        path, ridge = alignment.coefficients
+        names = ("rho2", "alpha", "alpha_path", "captured")
+        values = torch.stack([v.mean() for v in (alignment.rho2, ridge, path, alignment.captured)]).tolist()
         return {
-            "rho2": readings[0],
-            "alpha": readings[1],
-            "captured": readings[2],
+            **dict(zip(names, values, strict=True)),
             "window": float(self.predictor.size),
             "coverage": self.coverage,
             "nonfinite": float(self._nonfinite),
@@ -280,7 +351,6 @@ class LGPEngine:
         count = observation.controls if isinstance(observation.chosen, slice) else len(observation.chosen)
         count = min(count, self.settings.observe_examples)
         self._moving = self.controller.moves_bases and count >= 2
-        self._weighing = self._moving and self.controller.weighs_energy
         self._capture.arm(
             self._coordinates[:count],
             observation.controls,
@@ -291,6 +361,8 @@ class LGPEngine:
             yield
         finally:
             self._capture.disarm()
+            if self.path is not None:
+                self.path.disarm()
 
     def _unit(self, observation: _Observation) -> Tensor | float:
         """Factor between the gradients of this backward pass and those of one example's own, unscaled loss."""
@@ -299,16 +371,40 @@ class LGPEngine:
         return self._loss_scale.to(self._coordinates.dtype) / observation.examples
 
     def _use_for_bases(self, position: int, factors: Factors) -> None:
-        observation = self._observation
+        """Take the power step on what the path leaves over, and compare whole gradients with predictions."""
+        observation, alignment, subspace = self._observation, self.predictor.alignment, self.predictor.subspace
         assert observation is not None
         few = factors.take(_BASIS_EXAMPLES, 1.0 / (self._unit(observation) * observation.weight))
-        subspace = self.predictor.subspace
-        if self._weighing:
-            fewer = few.take(_WEIGHED_EXAMPLES)
-            kept = subspace.project(position, fewer)
-            self._energies[0, position] = (kept - kept.mean(0)).square().sum()
-            self._energies[1, position] = fewer.energy()
-        subspace.accumulate(position, few)
+        remainder, along = few, None
+        term = None if observation.path is None else observation.path[position]
+        if term is not None:
+            along = term.factors(slice(0, few.examples)).take(few.examples)
+            remainder = few.minus(along, alignment.beta[position])
+        if observation.predicted is not None:
+            self._weigh(position, few, along, remainder)
+        subspace.accumulate(position, remainder)
+
+    def _weigh(self, position: int, exact: Factors, along: Factors | None, remainder: Factors) -> None:
+        observation, alignment, subspace = self._observation, self.predictor.alignment, self.predictor.subspace
+        assert observation is not None and observation.predicted is not None
+        generator = torch.Generator(self.device)
+        generator.manual_seed(private_seed(self.settings.seed, self.controller.observed, position))
+        left, right = subspace.bases(position)
+        vectors = torch.randn(exact.cols, _SKETCHES, generator=generator, device=self.device, dtype=left.dtype)
+        vectors *= _SKETCHES**-0.5
+        count = min(exact.examples, len(observation.predicted))
+        coordinates = subspace.blocks(position, observation.predicted[:count])
+        path, ridge = (coefficients[position] for coefficients in alignment.coefficients)
+        total = exact.sketch(vectors)[:count]
+        error = total - ridge * (left @ coordinates @ (right.T @ vectors))
+        rest = total
+        if along is not None:
+            parallel = along.sketch(vectors)[:count]
+            error = error - path * parallel
+            rest = total - alignment.beta[position] * parallel
+        kept = subspace.project(position, remainder)[:count]
+        for row, values in enumerate((error, total, kept, rest)):
+            self._energies[row, position] = (values - values.mean(0)).square().sum()
 
     def _head_ran(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         features = args[0]
@@ -335,10 +431,28 @@ class LGPEngine:
         observation.features = features[observation.chosen].to(wide)
         pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
         observation.pullbacks = pullbacks / self._unit(observation)
+        self._follow_path(observation, observation.pullbacks)
         if self.predictor.regression.fitted:
             few = slice(0, _MEASURED_EXAMPLES)
             rows = self.predictor.kernel_rows(observation.features[few], observation.pullbacks[few])
             observation.predicted = self.predictor.predict(rows)
+
+    def _follow_path(self, observation: _Observation, pullbacks: Tensor) -> list[PathTerm | None] | None:
+        """Path gradients of all examples noted; those of the observed ones in coordinates too."""
+        if self.path is None:
+            return None
+        with record_function("hf_lgp.path"):
+            terms = observation.path = self.path.gradients(pullbacks)
+        with record_function("hf_lgp.path_coordinates"):
+            assert observation.features is not None
+            coordinates = self._path_coordinates[: len(observation.features)].zero_()
+            subspace = self.predictor.subspace
+            for position, term in enumerate(terms):
+                if term is not None:
+                    factors = term.factors(slice(0, len(coordinates)))
+                    subspace.blocks(position, coordinates).copy_(factors.project(*subspace.bases(position)))
+            observation.path_coordinates = coordinates
+        return terms
 
     @record_function("hf_lgp.correction")
     @torch.no_grad()
@@ -355,12 +469,24 @@ class LGPEngine:
         observation.features = features[: observation.controls][observation.chosen]
         observation.pullbacks = pullbacks[: observation.controls][observation.chosen]
         observation.predicted = predicted[1:]
-        correction = predicted[0] * predictor.subspace.per_coordinate(predictor.alignment.alpha) * unit
+        path_alpha, ridge_alpha = predictor.alignment.coefficients
+        correction = predicted[0] * predictor.subspace.per_coordinate(ridge_alpha) * unit
         # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
         finite = correction.isfinite().all()
+        terms = self._follow_path(observation, pullbacks)
+        if self.path is not None and terms is not None:
+            weights = torch.ones_like(pullbacks[:, 0])
+            weights[: observation.controls] -= observation.weight
+            weights = weights * (path_alpha[:, None] * unit)
+            finite = finite & self.path.finite
         self._nonfinite += ~finite
         correction = torch.where(finite, correction, torch.zeros_like(correction))
         gradients: list[Tensor | None] = []
-        for rule, matrix in zip(self.rules, predictor.subspace.lift(correction), strict=True):
-            gradients.extend(g.to(p.dtype) for g, p in zip(rule.gradients(matrix), rule.parameters, strict=True))
+        for position, (rule, matrix) in enumerate(zip(self.rules, predictor.subspace.lift(correction), strict=True)):
+            term = None if terms is None else terms[position]
+            along = [None] * len(rule.parameters) if term is None else term.total(weights[position])
+            for gradient, parameter, addend in zip(rule.gradients(matrix), rule.parameters, along, strict=True):
+                if addend is not None:
+                    gradient.add_(addend.masked_fill_(~finite, 0.0).view(gradient.shape))
+                gradients.append(gradient.to(parameter.dtype))
         return gradients

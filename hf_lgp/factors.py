@@ -100,41 +100,28 @@ class Factors:
         """The gradients themselves, shape ``(b, rows, cols)``: for tests and small layers."""
         return self._left_transposed(_with_ones(self.right) if self.ones else self.right)
 
-    def energy(self) -> Tensor:
-        """Centred energy ``sum_i |G_i - mean G|^2``, a scalar in float32 or wider."""
-        total = self._squared_norms().sum()
-        mean = self._mean()
-        return (total - self.examples * mean.square().sum()).clamp(min=0.0)
+    def sketch(self, vectors: Tensor) -> Tensor:
+        """``G_i V`` for ``V`` of shape ``(cols, q)``: shape ``(b, rows, q)``.
 
-    def _mean(self) -> Tensor:
-        """``mean_i G_i``, shape ``(rows, cols)``."""
-        if self.left is None or not self.left.is_floating_point():
-            right = _wide(_with_ones(self.right) if self.ones else self.right)
-            if self.left is None:
-                return right.mean(0)
-            flat = right.flatten(0, 1)
-            return flat.new_zeros(self.rows, flat.shape[1]).index_add_(0, self.left.flatten(), flat) / self.examples
-        left, right = _wide(self.left).flatten(0, 1), _wide(self.right).flatten(0, 1)
-        mean = left.T @ right
-        if self.ones:
-            mean = torch.cat([mean, left.sum(0)[:, None]], dim=1)
-        return mean / self.examples
+        With independent entries of mean 0 and variance ``1 / q`` in ``V``, inner products of sketches are unbiased for those of the
+        gradients (Hutchinson 1989), at the cost of ``q`` columns.
+        """
+        return self._left_transposed(self._right_times(vectors)).to(vectors.dtype)
 
-    def _squared_norms(self) -> Tensor:
-        """``|G_i|^2`` through Gram matrices over rows, ``sum_{t,s} <l_t, l_s><r_t, r_s>``: shape ``(b,)``."""
-        right = _wide(self.right)
-        if self.left is None:
-            return right.square().flatten(1).sum(1) + float(self.ones) * self.rows
-        tokens = right.shape[1]
-        if self.left.is_floating_point() and tokens * (self.rows + self.cols) > self.rows * self.cols:
-            return self.take(self.examples).dense().square().flatten(1).sum(1)
-        right_gram = right @ right.mT + float(self.ones)
-        if self.left.is_floating_point():
-            left = _wide(self.left)
-            left_gram = left @ left.mT
-        else:
-            left_gram = (self.left[:, :, None] == self.left[:, None, :]).to(right_gram.dtype)
-        return (left_gram * right_gram).flatten(1).sum(1)
+    def minus(self, other: Factors, scale: Tensor | float) -> Factors:
+        """Gradients ``G_i - scale * G'_i`` of the same examples."""
+        if self.left is None and other.left is None:
+            return Factors(None, self.right - scale * other.right.to(self.right.dtype), self.rows)
+        left, right = (f.left if f.left is not None else None for f in (self, other)), (self, other)
+        mine, theirs = left
+        if mine is None or theirs is None or not mine.is_floating_point() or not theirs.is_floating_point():
+            raise ValueError("Only factors of one kind can be subtracted.")
+        rows = [_with_ones(f.right) if f.ones else f.right for f in right]
+        return Factors(
+            torch.cat([mine, -scale * theirs.to(mine.dtype)], dim=1),
+            torch.cat([rows[0], rows[1].to(rows[0].dtype)], dim=1),
+            self.rows,
+        )
 
     def moment_products(self, left_basis: Tensor, right_basis: Tensor) -> tuple[Tensor, Tensor]:
         """Centred second moments applied to the bases: one power step of orthogonal iteration on either side.

@@ -113,19 +113,20 @@ class GradientPredictor:
         self._clock += 1
         self._waiting += count
 
-    def measure(self, coordinates: Tensor, predicted: Tensor) -> None:
+    def measure(self, coordinates: Tensor, path: Tensor | None, predicted: Tensor) -> None:
         """Compare exact with predicted coordinates of examples the window has not seen.
 
         Args:
             coordinates: ``C``, shape ``(b, P)``, with ``b >= 2``.
-            predicted: ``C_hat``, shape ``(b, P)``, predicted before these examples were observed.
+            path: Coordinates of the class path, shape ``(b, P)``; None without one.
+            predicted: What the regression predicted before these examples were observed, shape ``(b, P)``.
         """
         if len(coordinates) < 2:
             return
-        exact = coordinates - coordinates.mean(0)
-        guess = predicted - predicted.mean(0)
-        sums = self.subspace.per_tensor_sums
-        self.alignment.update(sums(exact.square().sum(0)), sums(guess.square().sum(0)), sums((exact * guess).sum(0)))
+        path = torch.zeros_like(coordinates) if path is None else path
+        g, p, r = (values - values.mean(0) for values in (coordinates, path, predicted))
+        products = torch.stack([(x * y).sum(0) for x, y in ((g, g), (g, p), (g, r), (p, p), (p, r), (r, r))])
+        self.alignment.update(torch.stack([self.subspace.per_tensor_sums(row) for row in products]))
 
     def refit(self) -> None:
         """Move the queue into the window, oldest examples first out, and fit the regression to it."""

@@ -112,13 +112,14 @@ class ConvRule(Rule):
         )
 
     def factors(self, inputs: Tensor, delta: Tensor, examples: int, chosen: Tensor | slice) -> Factors | None:
-        conv = self.module
-        assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
         if inputs.shape[0] != examples:
             return None
-        windows = {name: getattr(conv, name) for name in ("kernel_size", "dilation", "padding", "stride")}
-        patches = F.unfold(inputs[chosen], **windows)
-        return Factors(delta[chosen].flatten(2).mT, patches.mT, self.rows, ones=self._biased)
+        return Factors(delta[chosen].flatten(2).mT, self.patches(inputs[chosen]), self.rows, ones=self._biased)
+
+    def patches(self, inputs: Tensor) -> Tensor:
+        """The convolution's windows as rows, shape ``(b, T, in_channels * window)``, in the order of its output."""
+        windows = {name: getattr(self.module, name) for name in ("kernel_size", "dilation", "padding", "stride")}
+        return F.unfold(inputs, **windows).mT
 
     def gradients(self, matrix: Tensor) -> list[Tensor]:
         shape = self.parameters[0].shape

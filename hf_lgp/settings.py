@@ -22,6 +22,7 @@ class LGPSettings:
         observe_examples: Largest number of exact examples observed per micro-batch.
         refit_steps: Micro-batches between two fits of the regression.
         basis_steps: Micro-batches between two moves of the bases.
+        class_path: Whether to use the class-token path where the model has one.
         seed: Seed of the private random stream that draws the control examples.
         head: Qualified name of the classification head; empty to find it.
 
@@ -39,6 +40,7 @@ class LGPSettings:
     observe_examples: int = 64
     refit_steps: int = 4
     basis_steps: int = 8
+    class_path: bool = True
     seed: int = 0
     head: str = ""
 

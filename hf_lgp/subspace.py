@@ -165,6 +165,14 @@ class Subspace:
         """Flat coordinates of per-example gradients of one tensor, shape ``(b, k_a * k_b)``."""
         return factors.project(*self.bases(tensor)).flatten(1)
 
+    def blocks(self, tensor: int, coordinates: Tensor) -> Tensor:
+        """View of one tensor's coordinates in flat ones: ``(n, P)`` to ``(n, k_a, k_b)``."""
+        segment = self.segments[tensor]
+        group = self._groups[segment.group]
+        return coordinates[:, segment.start : segment.start + segment.size].unflatten(
+            1, (group.left_size, group.right_size)
+        )
+
     def lift(self, coordinates: Tensor) -> list[Tensor]:
         """Gradient matrices ``A C B^T`` of every tensor, shapes ``(rows, cols)``.
 

@@ -90,22 +90,30 @@ class LGPTrainer(Trainer):
 
     def _lgp_build(self, inputs: dict[str, Any]) -> LGPEngine:
         settings, unwrapped = self._lgp_settings, self._lgp_model
+        examples = batch_size(inputs)
+        assert examples is not None
+        few = part_of(inputs, torch.arange(2, device=self.args.device), examples, without=self.label_names)
+
+        def probe() -> Any:
+            with torch.no_grad(), private_randomness(self.args.device, settings.seed):
+                return unwrapped(**few)
+
         if settings.head:
             name, head = settings.head, named_head(unwrapped, settings.head)
         else:
-            examples = batch_size(inputs)
-            assert examples is not None
-            few = part_of(inputs, torch.arange(2, device=self.args.device), examples, without=self.label_names)
-
-            def probe() -> Any:
-                with torch.no_grad(), private_randomness(self.args.device, settings.seed):
-                    return unwrapped(**few)
-
             name, head = find_head(unwrapped, probe)
         engine = LGPEngine(unwrapped, head, settings, self.args.device)
+        training = unwrapped.training
+        unwrapped.eval()  # two runs that are compared must not draw different dropout
+        try:
+            with self.accelerator.autocast():
+                on_path = engine.verify_path(few, probe, 2)
+        finally:
+            unwrapped.train(training)
         logger.info(
             f"Predicting gradients below the head `{name}`: {len(engine.rules)} tensors with a rule cover "
-            f"{engine.coverage:.2%} of the trunk's trainable parameters."
+            f"{engine.coverage:.2%} of the trunk's trainable parameters; "
+            + ("the class-token path is followed." if on_path else "no class-token path, regression alone.")
         )
         if clipped := engine.clipped_ranks():
             logger.info(
@@ -177,8 +185,8 @@ class LGPTrainer(Trainer):
         if callable(begin := getattr(self.optimizer, "train", None)):
             begin()
         rest = part_of(inputs, order[controls:], examples, without=self.label_names)
-        with torch.no_grad(), private_randomness(self.args.device, seed), engine.collecting():
-            self._lgp_model(**rest)
+        with private_randomness(self.args.device, seed), self.accelerator.autocast():
+            engine.predict(rest, lambda: self._lgp_model(**rest), examples, controls)
         # Labels stay whole: the spliced head returns logits of the whole micro-batch, so the loss is that of all examples.
         control = part_of(inputs, order[:controls], examples, keep=self.label_names)
         with engine.spliced(order, controls, weight):

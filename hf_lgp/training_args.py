@@ -54,6 +54,10 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_basis_steps: int = field(
         default=8, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
     )
+    lgp_class_path: bool = field(
+        default=True,
+        metadata={"help": "Follow the gradient along the class token exactly, in models whose head reads one."},
+    )
     lgp_seed: int = field(
         default=0,
         metadata={

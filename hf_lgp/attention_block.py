@@ -1,0 +1,212 @@
+"""One pre-norm attention block as its class token sees it.
+
+The class token's output of a block depends on the other rows only through its own attention, and one query row needs neither
+keys nor values of all rows: with ``n_t`` the normalised rows, head ``h`` scores row ``t`` by ``(W_k^T q_h) . n_t`` and its
+output is ``W_v (sum_t a_t n_t)``. So forward and backward of the class row cost about one row's matrix products plus
+four passes over the normalised rows, and the weight gradient of keys and of values is one outer product per head:
+
+    dL/dW_k = q_h (x) sum_t ds_t n_t        dL/dW_v = do_h (x) sum_t a_t n_t
+
+(up to the norm's own affine map). The other rows enter as constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """The parts of a pre-norm block ``y = x + s_1 o(attention(norm_1 x))``, ``z = y + s_2 fc_2(act(fc_1(norm_2 y)))``.
+
+    Attributes:
+        module: The block itself.
+        norm_before: Norm before the attention.
+        query: Query projection.
+        key: Key projection.
+        value: Value projection.
+        output: Output projection.
+        norm_after: Norm before the MLP.
+        expand: First MLP layer.
+        activation: Its activation, a function of tensors.
+        contract: Second MLP layer.
+        heads: Number of heads.
+        scaling: Factor of the scores.
+        scales: Layer scales of attention and MLP, or None.
+        dropouts: Modules that multiply the branches (dropout, stochastic depth), each called for the attention branch
+            first and for the MLP branch second.
+        attention_dropout: Dropout of attention weights now; the path does without it, so it is a little less accurate there.
+        plain: Whether the block is called with hidden states alone.
+    """
+
+    module: nn.Module
+    norm_before: nn.LayerNorm
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    norm_after: nn.LayerNorm
+    expand: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    contract: nn.Linear
+    heads: int
+    scaling: float
+    scales: tuple[Tensor, Tensor] | None = None
+    dropouts: tuple[nn.Module, ...] = ()
+    attention_dropout: Callable[[], float] = lambda: 0.0
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """What a block's forward leaves for the path.
+
+    Attributes:
+        entering: Class row entering the block, shape ``(m, D)``.
+        normalised: All rows after the norm without its affine map, shape ``(m, T, D)``, in the dtype of the computation.
+        bias: Added to the class row's scores, shape ``(1 or m, H, T)``, or None.
+        branches: Factors that dropout gave the class row of the two branches, shape ``(m, D)`` each, or None.
+    """
+
+    entering: Tensor
+    normalised: Tensor
+    bias: Tensor | None = None
+    branches: tuple[Tensor, Tensor] | None = None
+
+
+class ClassRow:
+    """Forward of a block's class row that keeps what its backward needs.
+
+    Args:
+        block: The block.
+        rows: Its rows.
+        graph: Whether a backward will follow.
+    """
+
+    def __init__(self, block: AttentionBlock, rows: BlockRows, graph: bool) -> None:
+        self.block, self.rows = block, rows
+        with torch.set_grad_enabled(graph):
+            self._forward()
+
+    def _forward(self) -> None:
+        block, normalised = self.block, self.rows.normalised
+        dtype = normalised.dtype
+        examples, _, width = normalised.shape
+        heads = block.heads
+
+        def weight(module: nn.Linear) -> Tensor:
+            return module.weight.detach().to(dtype)
+
+        def linear(module: nn.Linear, rows: Tensor) -> Tensor:
+            return F.linear(rows, weight(module), None if module.bias is None else module.bias.detach().to(dtype))
+
+        self.entering = self.rows.entering.detach().requires_grad_()
+        self.own = F.layer_norm(self.entering, (width,), eps=block.norm_before.eps).to(dtype)
+        gain, shift = (p.detach().to(dtype) for p in (block.norm_before.weight, block.norm_before.bias))
+        self.queried = self.own * gain + shift
+        self.query = linear(block.query, self.queried)
+        by_head = self.query.view(examples, heads, -1)
+        key, value = (weight(m).view(heads, -1, width) for m in (block.key, block.value))
+        self.probe = torch.bmm(by_head.transpose(0, 1), key).transpose(0, 1) * block.scaling
+        self.gained = self.probe * gain
+        others = normalised[:, 1:]
+        self.scores = torch.cat([self.gained @ self.own[:, :, None], self.gained @ others.mT], dim=-1)
+        scores = self.scores if self.rows.bias is None else self.scores + self.rows.bias.to(dtype)
+        self.attention = scores.softmax(-1, dtype=torch.promote_types(torch.float32, dtype)).to(dtype)
+        self.pooled = self.attention[..., :1] * self.own[:, None] + self.attention[..., 1:] @ others
+        self.attended = self.pooled * gain + shift
+        mixed = torch.bmm(self.attended.transpose(0, 1), value.mT).transpose(0, 1)
+        if block.value.bias is not None:
+            mixed = mixed + block.value.bias.detach().to(dtype).view(heads, -1)
+        self.mixed = mixed
+        self.projected = linear(block.output, mixed.flatten(1))
+        middle = self.entering + self._branch(self.projected, 0)
+        self.normalised_after = F.layer_norm(middle, (width,), eps=block.norm_after.eps).to(dtype)
+        self.expanded_from = self.normalised_after * block.norm_after.weight.detach().to(
+            dtype
+        ) + block.norm_after.bias.detach().to(dtype)
+        self.expanded = linear(block.expand, self.expanded_from)
+        self.activated = block.activation(self.expanded)
+        self.contracted = linear(block.contract, self.activated)
+        self.leaving = middle + self._branch(self.contracted, 1)
+
+    def _branch(self, branch: Tensor, position: int) -> Tensor:
+        wide = branch.to(self.rows.entering.dtype)
+        if self.block.scales is not None:
+            wide = wide * self.block.scales[position].detach()
+        return wide if self.rows.branches is None else wide * self.rows.branches[position]
+
+    def backward(self, delta: Tensor, others: bool) -> tuple[Tensor, dict[nn.Module, PathTerm], Tensor | None]:
+        """Gradient of the class row entering the block, and the path's terms.
+
+        Args:
+            delta: Gradient of the class row leaving the block, shape ``(m, D)``.
+            others: Whether the gradient of the other rows is wanted too.
+
+        Returns:
+            ``(entering, terms, normalised)``: the gradient of the entering class row; a term for every module; and the gradient of
+            the other *normalised* rows, shape ``(m, T - 1, D)``, or None.
+        """
+        block = self.block
+        wanted = [
+            self.entering,
+            self.queried,
+            self.query,
+            self.probe,
+            self.gained,
+            self.scores,
+            self.pooled,
+            self.attended,
+            self.mixed,
+            self.projected,
+            self.expanded_from,
+            self.expanded,
+            self.contracted,
+        ]
+        (
+            entering,
+            queried,
+            query,
+            probe,
+            gained,
+            scores,
+            pooled,
+            attended,
+            mixed,
+            projected,
+            expanded_from,
+            expanded,
+            contracted,
+        ) = torch.autograd.grad(self.leaving, wanted, delta.to(self.leaving.dtype))
+        by_head = self.query.detach().view(len(delta), block.heads, -1) * block.scaling
+        gain = queried * self.own + (gained * self.probe + attended * self.pooled).sum(1)
+        terms: dict[nn.Module, PathTerm] = {
+            block.norm_before: _norm_term(block.norm_before, gain, queried + attended.sum(1)),
+            block.query: _row_term(block.query, query, self.queried),
+            block.key: HeadsTerm(by_head, probe, block.key.bias is not None, True),
+            block.value: HeadsTerm(mixed, self.attended.detach(), block.value.bias is not None, False),
+            block.output: _row_term(block.output, projected, self.mixed.flatten(1)),
+            block.norm_after: _norm_term(block.norm_after, expanded_from * self.normalised_after, expanded_from),
+            block.expand: _row_term(block.expand, expanded, self.expanded_from),
+            block.contract: _row_term(block.contract, contracted, self.activated),
+        }
+        if not others:
+            return entering, terms, None
+        # Row t receives ds_t u + a_t d(pooled), over all heads: one product.
+        mixers = torch.cat([scores[..., 1:], self.attention.detach()[..., 1:]], dim=1)
+        return entering, terms, mixers.mT @ torch.cat([self.gained.detach(), pooled], dim=1)
+
+
+def _row_term(module: nn.Linear, delta: Tensor, inputs: Tensor) -> RowTerm:
+    return RowTerm(delta[:, None], inputs.detach()[:, None], module.bias is not None)
+
+
+def _norm_term(module: nn.LayerNorm, gain: Tensor, shift: Tensor) -> DenseTerm:
+    return DenseTerm(torch.stack([gain.detach(), shift], dim=1), (module.weight.shape, module.bias.shape))

@@ -1,0 +1,336 @@
+"""The class-token path: the gradient that reaches every tensor along the class token alone, at about one row's cost.
+
+A classifier on the class token receives its gradient through one row. With the other rows entering each block held constant
+(in the first block they are not: there the gradient goes on into the embeddings), the backward pass follows a single row per
+example: :class:`ClassPath` notes what that takes while the model runs, with or without a graph, and walks the blocks
+backwards once the residuals are known. In the last block this is the exact gradient; in earlier ones it leaves out what
+travels through the other rows' streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention_block import AttentionBlock, BlockRows, ClassRow
+from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
+from .rules import ConvRule, Rule
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone whose first row is a class token that the head reads.
+
+    Attributes:
+        blocks: Its pre-norm attention blocks.
+        norm: The norm between the last block and the head, or None.
+        patches: The convolution that makes the patch rows, which are the last rows.
+        tokens: Parameters that enter as rows of their own, in row order, class token first.
+        positions: Position table, one row per row of the first block's input, or None.
+        until_last: Runs the model up to the last block, ``inputs -> hidden states`` or None for inputs it does not
+            know; None if the head needs more of the last block than the class row.
+    """
+
+    blocks: list[AttentionBlock]
+    norm: nn.LayerNorm | None
+    patches: nn.Conv2d | None
+    tokens: list[nn.Parameter]
+    positions: nn.Parameter | None
+    until_last: Callable[[Mapping[str, Any]], Tensor | None] | None
+
+
+class ClassPath:
+    """Hooks on a backbone's blocks that note its rows, and the walk back along the class token.
+
+    Args:
+        backbone: The backbone.
+        rules: The rules whose parameters' path gradients are wanted.
+
+    Attributes:
+        covered: Whether each rule gets a path gradient.
+        finite: Whether the last walk stayed finite for every example, a bool scalar on the device.
+    """
+
+    def __init__(self, backbone: Backbone, rules: list[Rule]) -> None:
+        self.backbone, self.rules = backbone, rules
+        self._by_module = {rule.module: position for position, rule in enumerate(rules)}
+        self._by_parameter = {parameter: p for p, rule in enumerate(rules) for parameter in rule.parameters}
+        modules = {
+            m
+            for b in backbone.blocks
+            for m in (b.norm_before, b.query, b.key, b.value, b.output, b.norm_after, b.expand, b.contract)
+        }
+        loose = {*backbone.tokens, backbone.positions}
+        self.covered = [
+            rule.module in modules or rule.module in (backbone.norm, backbone.patches) or rule.parameters[0] in loose
+            for rule in rules
+        ]
+        self.shortcut = backbone.until_last is not None
+        self.finite: Tensor | bool = True
+        self._rows: slice | None = None
+        self._chosen: Tensor | slice = slice(None)
+        self._total = 0
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._fresh: set[tuple[str, int]] = set()
+        self._branch_calls: dict[nn.Module, int] = {}
+        self._handles = []
+        for index, block in enumerate(backbone.blocks):
+            module = block.module
+            self._handles.append(module.register_forward_pre_hook(partial(self._entering, index), with_kwargs=True))
+            attention = getattr(module, "attention", None)
+            if isinstance(attention, nn.Module):
+                hook = partial(self._attending, index)
+                self._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+            for dropout in block.dropouts:
+                self._handles.append(dropout.register_forward_hook(partial(self._dropped, index)))
+        self._handles.append(backbone.blocks[-1].module.register_forward_hook(self._left))
+        if backbone.patches is not None:
+            self._handles.append(backbone.patches.register_forward_hook(self._unfolded))
+
+    # -- noting rows -----------------------------------------------------------------------------------------------------
+
+    def start(self, total: int) -> None:
+        """Forget the last micro-batch and expect rows of ``total`` examples."""
+        self._total = total
+        self._fresh.clear()
+
+    def arm(self, rows: slice, chosen: Tensor | slice = slice(None)) -> None:
+        """Note the coming forward.
+
+        Args:
+            rows: Which of the ``total`` examples it holds.
+            chosen: Which examples of the forward these are.
+        """
+        self._rows, self._chosen = rows, chosen
+
+    def disarm(self) -> None:
+        """Stop noting."""
+        self._rows = None
+
+    def close(self) -> None:
+        """Remove every hook and free the buffers."""
+        self.disarm()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._kept.clear()
+
+    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> None:
+        key, shape = (name, index), (self._total, *values.shape[1:])
+        dtype = dtype or values.dtype
+        buffer = self._kept.get(key)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != values.device:
+            buffer = self._kept[key] = torch.empty(shape, dtype=dtype, device=values.device)
+        buffer[self._rows] = values
+        self._fresh.add(key)
+
+    def _get(self, name: str, index: int) -> Tensor | None:
+        return self._kept[name, index] if (name, index) in self._fresh else None
+
+    def _entering(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._rows is not None:
+            self._note(index, args[0] if args else kwargs["hidden_states"])
+
+    @torch.no_grad()
+    def _note(self, index: int, hidden: Tensor) -> None:
+        hidden = hidden.detach()[self._chosen]
+        block = self.backbone.blocks[index]
+        normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, block.norm_before.eps)
+        self._keep("normalised", index, normalised, _compute_dtype(hidden))
+        self._keep("class", index, hidden[:, 0], torch.promote_types(hidden.dtype, torch.float32))
+        if index == 0:
+            self._keep("spread", 0, spread)
+        for dropout in block.dropouts:
+            self._branch_calls[dropout] = 0
+
+    def _attending(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if self._rows is None or not isinstance(mask, Tensor):
+            return
+        row = mask.detach()[:, :, 0]
+        if row.dtype == torch.bool:
+            row = torch.zeros_like(row, dtype=torch.float32).masked_fill_(~row, -torch.inf)
+        if row.shape[0] > 1:
+            self._keep("bias", index, row[self._chosen])
+        else:
+            self._kept["bias", index] = row
+            self._fresh.add(("bias", index))
+
+    @torch.no_grad()
+    def _dropped(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._rows is None or not _is_active(module):
+            return
+        call = self._branch_calls.get(module, 0)
+        self._branch_calls[module] = call + 1
+        before, after = args[0].detach()[self._chosen][:, 0], output.detach()[self._chosen][:, 0]
+        factor = torch.where(before == 0, torch.zeros_like(after), after / before)
+        earlier = self._get(f"branch {call}", index)
+        first = module is next(d for d in self.backbone.blocks[index].dropouts if _is_active(d))
+        wide = torch.promote_types(factor.dtype, torch.float32)
+        self._keep(f"branch {call}", index, factor if first or earlier is None else factor * earlier[self._rows], wide)
+
+    def _left(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._rows is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._keep_leaving(hidden.detach()[self._chosen][:, 0])
+
+    def _keep_leaving(self, row: Tensor) -> None:
+        self._keep("class", len(self.backbone.blocks), row, torch.promote_types(row.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _unfolded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._rows is None:
+            return
+        rule = self.rules[self._by_module[module]] if module in self._by_module else None
+        if isinstance(rule, ConvRule):
+            patches = rule.patches(args[0].detach()[self._chosen])
+            self._keep("patches", 0, patches, _compute_dtype(patches))
+
+    # -- the prediction pass ---------------------------------------------------------------------------------------------
+
+    def features(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Head input of the armed examples, with the last block run on the class row only.
+
+        Args:
+            inputs: The model's inputs, without labels.
+
+        Returns:
+            Features, shape ``(b, D)``, or None where this pass would not be the model's own: then the whole model has to run.
+        """
+        last = self.backbone.blocks[-1]
+        if not self.shortcut or self.backbone.until_last is None or any(_is_active(d) for d in last.dropouts):
+            return None
+        if last.attention_dropout() > 0.0:
+            return None
+        hidden = self.backbone.until_last(inputs)
+        if hidden is None:
+            return None
+        index = len(self.backbone.blocks) - 1
+        self._note(index, hidden)
+        leaving = ClassRow(last, self._block_rows(index, self._rows), graph=False).leaving
+        self._keep_leaving(leaving)
+        norm = self.backbone.norm
+        return (
+            leaving if norm is None else F.layer_norm(leaving, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        )
+
+    def reads_class_row(self, features: Tensor) -> bool:
+        """Whether the head's input of the examples just noted begins with the normalised class row; waits for the device."""
+        row, norm = self._kept["class", len(self.backbone.blocks)], self.backbone.norm
+        if norm is not None:
+            row = F.layer_norm(row, norm.normalized_shape, norm.weight.to(row), norm.bias.to(row), norm.eps)
+        return same_features(features, row)
+
+    def _block_rows(self, index: int, rows: slice | None) -> BlockRows:
+        part = slice(None) if rows is None else rows
+        bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
+        return BlockRows(
+            self._kept["class", index][part],
+            self._kept["normalised", index][part],
+            bias if bias is None or bias.shape[0] == 1 else bias[part],
+            None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
+        )
+
+    # -- the walk back ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def gradients(self, pullbacks: Tensor) -> list[PathTerm | None]:
+        """Path gradients of all examples noted.
+
+        Args:
+            pullbacks: ``h``, gradient of every example's loss with respect to the head's input, shape ``(total, D)``; of wider
+                inputs the first ``D`` columns are the class row's.
+
+        Returns:
+            One term per rule, None where the path does not reach it.
+        """
+        backbone = self.backbone
+        width = backbone.blocks[0].norm_before.normalized_shape[0]
+        delta = pullbacks[:, :width]
+        terms: list[PathTerm | None] = [None] * len(self.rules)
+        with torch.autocast(pullbacks.device.type, enabled=False):
+            if backbone.norm is not None:
+                delta, term = self._through_final_norm(backbone.norm, delta)
+                self._assign(terms, {backbone.norm: term})
+            others: Tensor | None = None
+            for index in reversed(range(len(backbone.blocks))):
+                row = ClassRow(backbone.blocks[index], self._block_rows(index, None), graph=True)
+                delta, block_terms, others = row.backward(delta, others=index == 0)
+                self._assign(terms, block_terms)
+            assert others is not None
+            self._embeddings(terms, delta, others)
+        return terms
+
+    def _assign(self, terms: list[PathTerm | None], by_module: Mapping[nn.Module, PathTerm]) -> None:
+        for module, term in by_module.items():
+            position = self._by_module.get(module)
+            if position is None:
+                continue
+            if isinstance(term, RowTerm | HeadsTerm):  # a frozen bias has no place in the rule
+                term = replace(term, biased=len(self.rules[position].parameters) == 2)
+            terms[position] = term
+
+    def _through_final_norm(self, norm: nn.LayerNorm, delta: Tensor) -> tuple[Tensor, PathTerm]:
+        row = self._kept["class", len(self.backbone.blocks)]
+        shape = row.shape[-1:]
+        normalised, _, spread = torch.native_layer_norm(row, shape, None, None, norm.eps)
+        delta = delta.to(row.dtype)
+        term = DenseTerm(torch.stack([delta * normalised, delta], dim=1), (norm.weight.shape, norm.bias.shape))
+        return _norm_backward(delta * norm.weight, normalised, spread), term
+
+    def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, others: Tensor) -> None:
+        normalised, spread = self._kept["normalised", 0], self._kept["spread", 0]
+        rest = _norm_backward(others, normalised[:, 1:], spread[:, 1:].to(others.dtype))
+        # What is not finite anywhere on an example's way is not finite at its end.
+        self.finite = (delta.sum() + rest.sum(dtype=delta.dtype)).isfinite()
+        backbone = self.backbone
+        for row, token in enumerate(backbone.tokens):
+            position = self._by_parameter.get(token)
+            if position is not None:
+                gradient = delta[:, None] if row == 0 else rest[:, row - 1 : row]
+                terms[position] = DenseTerm(gradient, (token.shape,))
+        if backbone.positions is not None:
+            position = self._by_parameter.get(backbone.positions)
+            rows = torch.cat([delta[:, None].to(rest.dtype), rest], dim=1)
+            if position is not None and rows[0].numel() == backbone.positions.numel():
+                terms[position] = DenseTerm(rows, (backbone.positions.shape,))
+        patches, conv = self._get("patches", 0), backbone.patches
+        position = self._by_module.get(conv) if conv is not None else None
+        if patches is not None and position is not None and conv is not None:
+            rows = rest[:, rest.shape[1] - patches.shape[1] :]
+            terms[position] = RowTerm(rows, patches.to(rows.dtype), len(self.rules[position].parameters) == 2)
+
+
+def _norm_backward(delta: Tensor, normalised: Tensor, spread: Tensor) -> Tensor:
+    """Backward of a norm without affine map: ``spread`` is the reciprocal standard deviation."""
+    centred = delta - delta.mean(-1, keepdim=True)
+    return (centred - normalised * (delta * normalised).mean(-1, keepdim=True)) * spread
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the path's products: autocast's bfloat16, else the hidden states', half precision widened."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _is_active(dropout: nn.Module) -> bool:
+    """Whether a dropout or stochastic-depth module changes anything now."""
+    rate = getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0))
+    return dropout.training and bool(rate)
+
+
+def same_features(expected: Tensor, actual: Tensor) -> bool:
+    """Whether the first columns of the head's input are ``actual`` but for rounding; waits for the device."""
+    width = actual.shape[-1]
+    if expected.dim() != 2 or expected.shape[-1] < width:
+        return False
+    difference = (expected[:, :width] - actual).float().norm()
+    return bool(difference.isfinite() & (difference <= 0.05 * expected[:, :width].float().norm()))

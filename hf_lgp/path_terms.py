@@ -1,0 +1,100 @@
+"""Path terms: the class path's gradient of one module's parameters, for many examples at once.
+
+A term holds the few rows per example that the class token's path leaves at a module and turns them into two things: the
+parameters' gradients summed over examples (what enters a training step), and per-example
+:class:`~hf_lgp.factors.Factors` (what predictions are fitted on).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factors import Factors
+
+
+class PathTerm(ABC):
+    """Per-example gradients of the parameters of one :class:`~hf_lgp.rules.Rule`."""
+
+    @abstractmethod
+    def total(self, weights: Tensor) -> list[Tensor]:
+        """``sum_i weights_i g_i`` of every parameter of the rule.
+
+        Args:
+            weights: One factor per example, shape ``(m,)``.
+        """
+
+    @abstractmethod
+    def factors(self, examples: slice) -> Factors:
+        """The same gradients example by example, as the rule's gradient matrix."""
+
+
+@dataclass(frozen=True)
+class RowTerm(PathTerm):
+    """A linear layer on rows: ``left`` (m, S, out) output gradients, ``right`` (m, S, in) inputs."""
+
+    left: Tensor
+    right: Tensor
+    biased: bool
+
+    def total(self, weights: Tensor) -> list[Tensor]:  # noqa: D102
+        left = (self.left * _column(weights, self.left)).flatten(0, 1)
+        gradient = left.T @ self.right.flatten(0, 1)
+        return [gradient, left.sum(0)] if self.biased else [gradient]
+
+    def factors(self, examples: slice) -> Factors:  # noqa: D102
+        return Factors(self.left[examples], self.right[examples], self.left.shape[-1], ones=self.biased)
+
+
+@dataclass(frozen=True)
+class HeadsTerm(PathTerm):
+    """A key or value projection seen by one query row: for head ``h`` the outer product of ``left`` and ``right`` row ``h``.
+
+    ``left`` has shape (m, H, out / H), ``right`` (m, H, in). The bias gradient is ``left`` for values (attention weights sum
+    to one) and zero for keys (softmax is blind to a common shift).
+    """
+
+    left: Tensor
+    right: Tensor
+    biased: bool
+    bias_is_zero: bool
+
+    def total(self, weights: Tensor) -> list[Tensor]:  # noqa: D102
+        left = self.left * _column(weights, self.left)
+        gradient = torch.bmm(left.permute(1, 2, 0), self.right.transpose(0, 1)).flatten(0, 1)
+        if not self.biased:
+            return [gradient]
+        return [gradient, torch.zeros_like(gradient[:, 0]) if self.bias_is_zero else left.sum(0).flatten()]
+
+    def factors(self, examples: slice) -> Factors:  # noqa: D102
+        left, right = self.left[examples], self.right[examples]
+        heads, size = left.shape[1:]
+        # Row h speaks for the outputs of head h alone.
+        rows = torch.diag_embed(left.transpose(1, 2)).permute(0, 2, 3, 1).flatten(2)
+        if self.biased and self.bias_is_zero:
+            right = torch.cat([right, right.new_zeros(*right.shape[:-1], 1)], dim=-1)
+        return Factors(rows, right, heads * size, ones=self.biased and not self.bias_is_zero)
+
+
+@dataclass(frozen=True)
+class DenseTerm(PathTerm):
+    """Gradients that are small enough to be formed: ``gradients`` (m, rows, cols), one row per parameter or one table."""
+
+    gradients: Tensor
+    shapes: tuple[torch.Size, ...]
+
+    def total(self, weights: Tensor) -> list[Tensor]:  # noqa: D102
+        summed = (weights.to(self.gradients.dtype) @ self.gradients.flatten(1)).view(self.gradients.shape[1:])
+        if len(self.shapes) == 1:
+            return [summed.reshape(self.shapes[0])]
+        return [row.reshape(shape) for row, shape in zip(summed, self.shapes, strict=True)]
+
+    def factors(self, examples: slice) -> Factors:  # noqa: D102
+        return Factors(None, self.gradients[examples], self.gradients.shape[1])
+
+
+def _column(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
