@@ -32,6 +32,17 @@ VITS: dict[str, dict[str, int]] = {
         num_attention_heads=6,
         intermediate_size=1536,
     ),
+    "width-384-197": dict(
+        image_size=56,
+        patch_size=4,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+    ),
+    "cifar-tiny": dict(
+        image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
+    ),
     "vit-small-16": dict(
         image_size=224,
         patch_size=16,

@@ -2,7 +2,8 @@
 
 Every step of a real ``LGPTrainer`` run is timed beside its parts, interleaved in one run on the same batch: the exact step of
 the whole batch, the exact step of the control examples alone, and the no-grad forward of the prediction examples. Steps are
-timed over whole cycles of refits and basis moves, so the means amortise both.
+timed over whole cycles of refits and basis moves, so the means amortise both. One more cycle is profiled for the time and
+memory of every part of a step.
 """
 
 from __future__ import annotations
@@ -16,9 +17,24 @@ from typing import Any
 import torch
 from common import RESULTS, VITS, build_vit, environment, timed, write_json
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import Trainer, TrainerCallback
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
+
+PARTS = (
+    "predict",
+    "path",
+    "path_total",
+    "path_coordinates",
+    "correction",
+    "lift",
+    "capture",
+    "observe",
+    "refit",
+    "move_bases",
+)
+"""Profiled ranges of a step; ``correction`` contains ``path``, ``path_total``, ``path_coordinates`` and ``lift``."""
 
 
 class RandomImages(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -41,6 +57,7 @@ class TimedTrainer(LGPTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.times: list[dict[str, float]] = []
+        self.profiler: profile | None = None
         self.peaks: dict[str, float] = {}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -51,6 +68,9 @@ class TimedTrainer(LGPTrainer):
         if not predicting:
             return super().training_step(model, inputs, num_items_in_batch)
         controls = self._lgp_engine.controls(examples)
+        if self.profiler is not None:
+            with record_function("hf_lgp.step"):
+                return super().training_step(model, inputs, num_items_in_batch)
 
         def exact(count: int) -> None:
             part = {name: value[:count] for name, value in inputs.items()}
@@ -91,6 +111,41 @@ class TimedTrainer(LGPTrainer):
         return seconds
 
 
+class ProfileLastCycle(TrainerCallback):
+    """Profiles the steps from ``first`` to the end of training."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.trainer: TimedTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        if state.global_step == self.first:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if args.device.type == "cuda" else [])]
+            self.trainer.profiler = profile(activities=activities, profile_memory=True)
+            self.trainer.profiler.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None and self.trainer.profiler is not None
+        self.trainer.profiler.stop()
+
+    def parts(self, steps: int) -> dict[str, dict[str, float]]:
+        """Milliseconds per step on the host, and on the device if there is one, and MiB allocated and freed, of each part."""
+        assert self.trainer is not None and self.trainer.profiler is not None
+        events = {event.key: event for event in self.trainer.profiler.key_averages()}
+        table = {}
+        for part in ("step", *PARTS):
+            event = events.get(f"hf_lgp.{part}")
+            if event is not None:
+                table[part] = {
+                    "host_ms": event.cpu_time_total / 1e3 / steps,
+                    "device_ms": event.device_time_total / 1e3 / steps,
+                    "net_host_mib": event.cpu_memory_usage / 2**20 / steps,
+                    "net_device_mib": event.device_memory_usage / 2**20 / steps,
+                }
+        return table
+
+
 def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_cpu: bool) -> dict[str, Any]:
     """Time ``cycles`` cycles of basis moves and summarise them as ratios to the exact step."""
     model = build_vit(vit)
@@ -108,12 +163,16 @@ def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_
             lgp_control_fraction=fraction,
         )
         warmup = -(-args.lgp_warmup_examples // min(batch, args.lgp_observe_examples)) + 4
-        args.max_steps = warmup + (cycles + 1) * args.lgp_basis_steps
-        trainer = TimedTrainer(model, args, train_dataset=RandomImages(VITS[vit]["image_size"]))
+        args.max_steps = warmup + (cycles + 2) * args.lgp_basis_steps
+        last = ProfileLastCycle(args.max_steps - args.lgp_basis_steps)
+        data = RandomImages(VITS[vit]["image_size"])
+        trainer = last.trainer = TimedTrainer(model, args, train_dataset=data, callbacks=[last])
         trainer.train()
+        parts = last.parts(args.lgp_basis_steps)
         times = trainer.times[-cycles * args.lgp_basis_steps :]
         means = {name: statistics.fmean(cell[name] for cell in times) for name in times[0]}
         medians = {name: statistics.median(cell[name] for cell in times) for name in times[0]}
+        predicting = (parts["predict"]["host_ms"] + parts["path"]["host_ms"] * (1 - fraction)) / 1e3
         overhead = means["predicted"] - means["control"] - means["forward"]
         return {
             "vit": vit,
@@ -131,6 +190,8 @@ def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_
             "control_ratio": means["control"] / means["exact"],
             "forward_ratio": means["forward"] / means["exact"],
             "overhead_ratio": overhead / means["exact"],
+            "prediction_per_example": predicting / (1 - fraction) / means["exact"] if use_cpu else None,
+            "parts": parts,
             "peak_mib_above_start": trainer.peaks,
             "environment": environment(trainer.args.device),
         }
@@ -154,6 +215,7 @@ def main() -> None:
             print(
                 f"{vit} batch {options.batch} fraction {fraction}: step {cell['step_ratio']:.3f} of an exact step = control "
                 f"{cell['control_ratio']:.3f} + forward {cell['forward_ratio']:.3f} + overhead {cell['overhead_ratio']:.3f}; "
+                f"a prediction {cell['prediction_per_example']} of an exact example; "
                 f"peak MiB {cell['peak_mib_above_start']}",
                 flush=True,
             )

@@ -127,15 +127,15 @@ class ClassRow:
             mixed = mixed + block.value.bias.detach().to(dtype).view(heads, -1)
         self.mixed = mixed
         self.projected = linear(block.output, mixed.flatten(1))
-        middle = self.entering + self._branch(self.projected, 0)
-        self.normalised_after = F.layer_norm(middle, (width,), eps=block.norm_after.eps).to(dtype)
+        self.middle = self.entering + self._branch(self.projected, 0)
+        self.normalised_after = F.layer_norm(self.middle, (width,), eps=block.norm_after.eps).to(dtype)
         self.expanded_from = self.normalised_after * block.norm_after.weight.detach().to(
             dtype
         ) + block.norm_after.bias.detach().to(dtype)
         self.expanded = linear(block.expand, self.expanded_from)
         self.activated = block.activation(self.expanded)
         self.contracted = linear(block.contract, self.activated)
-        self.leaving = middle + self._branch(self.contracted, 1)
+        self.leaving = self.middle + self._branch(self.contracted, 1)
 
     def _branch(self, branch: Tensor, position: int) -> Tensor:
         wide = branch.to(self.rows.entering.dtype)
@@ -143,7 +143,7 @@ class ClassRow:
             wide = wide * self.block.scales[position].detach()
         return wide if self.rows.branches is None else wide * self.rows.branches[position]
 
-    def backward(self, delta: Tensor, others: bool) -> tuple[Tensor, dict[nn.Module, PathTerm], Tensor | None]:
+    def backward(self, delta: Tensor, others: bool) -> tuple[Tensor, dict[nn.Module | Tensor, PathTerm], Tensor | None]:
         """Gradient of the class row entering the block, and the path's terms.
 
         Args:
@@ -151,7 +151,7 @@ class ClassRow:
             others: Whether the gradient of the other rows is wanted too.
 
         Returns:
-            ``(entering, terms, normalised)``: the gradient of the entering class row; a term for every module; and the gradient of
+            ``(entering, terms, normalised)``: the gradient of the entering class row; a term for every module and loose parameter; the gradient of
             the other *normalised* rows, shape ``(m, T - 1, D)``, or None.
         """
         block = self.block
@@ -166,6 +166,7 @@ class ClassRow:
             self.attended,
             self.mixed,
             self.projected,
+            self.middle,
             self.expanded_from,
             self.expanded,
             self.contracted,
@@ -181,13 +182,14 @@ class ClassRow:
             attended,
             mixed,
             projected,
+            middle,
             expanded_from,
             expanded,
             contracted,
         ) = torch.autograd.grad(self.leaving, wanted, delta.to(self.leaving.dtype))
         by_head = self.query.detach().view(len(delta), block.heads, -1) * block.scaling
         gain = queried * self.own + (gained * self.probe + attended * self.pooled).sum(1)
-        terms: dict[nn.Module, PathTerm] = {
+        terms: dict[nn.Module | Tensor, PathTerm] = {
             block.norm_before: _norm_term(block.norm_before, gain, queried + attended.sum(1)),
             block.query: _row_term(block.query, query, self.queried),
             block.key: HeadsTerm(by_head, probe, block.key.bias is not None, True),
@@ -197,6 +199,13 @@ class ClassRow:
             block.expand: _row_term(block.expand, expanded, self.expanded_from),
             block.contract: _row_term(block.contract, contracted, self.activated),
         }
+        if block.scales is not None:
+            for position, (scale, into, branch) in enumerate(
+                zip(block.scales, (middle, delta), (self.projected, self.contracted), strict=True)
+            ):
+                factor = 1.0 if self.rows.branches is None else self.rows.branches[position]
+                gradient = into * branch.detach().to(into.dtype) * factor
+                terms[scale] = DenseTerm(gradient[:, None], (scale.shape,))
         if not others:
             return entering, terms, None
         # Row t receives ds_t u + a_t d(pooled), over all heads: one product.

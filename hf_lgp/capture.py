@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from .factors import Factors
-from .rules import BroadcastRule, Rule
+from .rules import BroadcastRule, Rule, ScaleRule
 from .subspace import Subspace
 
 _BROADCAST_NODES = ("ExpandBackward0", "AddBackward0")
+_SCALE_NODES = ("MulBackward0",)
 _NODES_SEARCHED = 256
 
 
@@ -44,7 +45,7 @@ class Capture:
         broadcast: dict[nn.Module, list[int]] = {}
         self._handles = []
         for position, rule in enumerate(rules):
-            if isinstance(rule, BroadcastRule):
+            if isinstance(rule, BroadcastRule | ScaleRule):
                 broadcast.setdefault(rule.module, []).append(position)
             else:
                 hook = partial(self._module_ran, position)
@@ -96,11 +97,20 @@ class Capture:
             return
         wanted = {self.rules[position].parameters[0]: position for position in positions}
         for node, parameter in _consumers(output.grad_fn, set(wanted)):
-            node.register_prehook(partial(self._node_gradient_arrived, wanted[parameter]))
+            position = wanted[parameter]
+            if not isinstance(self.rules[position], ScaleRule):
+                if node.name() in _BROADCAST_NODES:
+                    node.register_prehook(partial(self._node_gradient_arrived, position, None))
+            elif node.name() in _SCALE_NODES:
+                scaled = next((o for o in (node._saved_self, node._saved_other) if o is not parameter), None)
+                if scaled is not None:
+                    node.register_prehook(partial(self._node_gradient_arrived, position, scaled.detach()))
 
-    def _node_gradient_arrived(self, position: int, gradients: tuple[Tensor | None, ...]) -> None:
+    def _node_gradient_arrived(
+        self, position: int, inputs: Tensor | None, gradients: tuple[Tensor | None, ...]
+    ) -> None:
         if gradients[0] is not None:
-            self._gradient_arrived(position, gradients[0], gradients[0])
+            self._gradient_arrived(position, gradients[0] if inputs is None else inputs, gradients[0])
 
     @record_function("hf_lgp.capture")
     @torch.no_grad()
@@ -122,7 +132,7 @@ class Capture:
 
 
 def _consumers(root: Any, parameters: set[Tensor]) -> list[tuple[Any, Tensor]]:
-    """Autograd nodes near ``root`` that expand or add one of ``parameters`` directly."""
+    """Autograd nodes near ``root`` that take one of ``parameters`` directly."""
     found, seen, frontier = [], {root}, [root]
     while frontier and len(seen) < _NODES_SEARCHED:
         node = frontier.pop(0)
@@ -132,7 +142,7 @@ def _consumers(root: Any, parameters: set[Tensor]) -> list[tuple[Any, Tensor]]:
             variable = getattr(child, "variable", None)
             if variable is not None:
                 match = next((p for p in parameters if p is variable), None)
-                if match is not None and node.name() in _BROADCAST_NODES:
+                if match is not None:
                     found.append((node, match))
                 continue
             seen.add(child)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention_block import AttentionBlock, BlockRows, ClassRow
 from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
-from .rules import ConvRule, Rule
+from .rules import BroadcastRule, ConvRule, Rule, ScaleRule
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,15 @@ class ClassPath:
         rules: The rules whose parameters' path gradients are wanted.
 
     Attributes:
-        covered: Whether each rule gets a path gradient.
         finite: Whether the last walk stayed finite for every example, a bool scalar on the device.
     """
 
     def __init__(self, backbone: Backbone, rules: list[Rule]) -> None:
         self.backbone, self.rules = backbone, rules
-        self._by_module = {rule.module: position for position, rule in enumerate(rules)}
-        self._by_parameter = {parameter: p for p, rule in enumerate(rules) for parameter in rule.parameters}
-        modules = {
-            m
-            for b in backbone.blocks
-            for m in (b.norm_before, b.query, b.key, b.value, b.output, b.norm_after, b.expand, b.contract)
+        self._by_module = {
+            rule.module: p for p, rule in enumerate(rules) if not isinstance(rule, BroadcastRule | ScaleRule)
         }
-        loose = {*backbone.tokens, backbone.positions}
-        self.covered = [
-            rule.module in modules or rule.module in (backbone.norm, backbone.patches) or rule.parameters[0] in loose
-            for rule in rules
-        ]
+        self._by_parameter = {parameter: p for p, rule in enumerate(rules) for parameter in rule.parameters}
         self.shortcut = backbone.until_last is not None
         self.finite: Tensor | bool = True
         self._rows: slice | None = None
@@ -267,9 +258,9 @@ class ClassPath:
             self._embeddings(terms, delta, others)
         return terms
 
-    def _assign(self, terms: list[PathTerm | None], by_module: Mapping[nn.Module, PathTerm]) -> None:
-        for module, term in by_module.items():
-            position = self._by_module.get(module)
+    def _assign(self, terms: list[PathTerm | None], found: Mapping[nn.Module | Tensor, PathTerm]) -> None:
+        for owner, term in found.items():
+            position = self._by_parameter.get(owner) if isinstance(owner, Tensor) else self._by_module.get(owner)
             if position is None:
                 continue
             if isinstance(term, RowTerm | HeadsTerm):  # a frozen bias has no place in the rule

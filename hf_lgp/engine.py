@@ -186,6 +186,7 @@ class LGPEngine:
         with self._armed():
             yield
 
+    @record_function("hf_lgp.predict")
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int, controls: int) -> None:
         """Run the prediction examples of a micro-batch without a graph; call before :meth:`spliced`.
@@ -198,7 +199,7 @@ class LGPEngine:
         """
         self._collecting = True
         try:
-            features = None
+            features: Tensor | None = None
             if self.path is not None:
                 self.path.start(examples)
                 self.path.arm(slice(controls, examples))
@@ -441,18 +442,21 @@ class LGPEngine:
         """Path gradients of all examples noted; those of the observed ones in coordinates too."""
         if self.path is None:
             return None
+        assert observation.features is not None
         with record_function("hf_lgp.path"):
-            terms = observation.path = self.path.gradients(pullbacks)
+            observation.path = self.path.gradients(pullbacks)
         with record_function("hf_lgp.path_coordinates"):
-            assert observation.features is not None
-            coordinates = self._path_coordinates[: len(observation.features)].zero_()
-            subspace = self.predictor.subspace
-            for position, term in enumerate(terms):
-                if term is not None:
-                    factors = term.factors(slice(0, len(coordinates)))
-                    subspace.blocks(position, coordinates).copy_(factors.project(*subspace.bases(position)))
-            observation.path_coordinates = coordinates
-        return terms
+            observation.path_coordinates = self._coordinates_of(observation.path, len(observation.features))
+        return observation.path
+
+    def _coordinates_of(self, terms: list[PathTerm | None], count: int) -> Tensor:
+        """Coordinates of the first examples' path gradients, shape ``(count, P)``."""
+        coordinates, subspace = self._path_coordinates[:count].zero_(), self.predictor.subspace
+        for position, term in enumerate(terms):
+            if term is not None:
+                projected = term.factors(slice(0, count)).project(*subspace.bases(position))
+                subspace.blocks(position, coordinates).copy_(projected)
+        return coordinates
 
     @record_function("hf_lgp.correction")
     @torch.no_grad()
@@ -474,19 +478,21 @@ class LGPEngine:
         # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
         finite = correction.isfinite().all()
         terms = self._follow_path(observation, pullbacks)
-        if self.path is not None and terms is not None:
-            weights = torch.ones_like(pullbacks[:, 0])
-            weights[: observation.controls] -= observation.weight
-            weights = weights * (path_alpha[:, None] * unit)
+        weights = torch.ones_like(pullbacks[:, 0])
+        weights[: observation.controls] -= observation.weight
+        weights = weights * (path_alpha[:, None] * unit)
+        if self.path is not None:
             finite = finite & self.path.finite
         self._nonfinite += ~finite
         correction = torch.where(finite, correction, torch.zeros_like(correction))
+        with record_function("hf_lgp.lift"):
+            matrices = predictor.subspace.lift(correction)
         gradients: list[Tensor | None] = []
-        for position, (rule, matrix) in enumerate(zip(self.rules, predictor.subspace.lift(correction), strict=True)):
-            term = None if terms is None else terms[position]
-            along = [None] * len(rule.parameters) if term is None else term.total(weights[position])
-            for gradient, parameter, addend in zip(rule.gradients(matrix), rule.parameters, along, strict=True):
-                if addend is not None:
-                    gradient.add_(addend.masked_fill_(~finite, 0.0).view(gradient.shape))
-                gradients.append(gradient.to(parameter.dtype))
+        for position, (rule, matrix) in enumerate(zip(self.rules, matrices, strict=True)):
+            own = rule.gradients(matrix)
+            if terms is not None and (term := terms[position]) is not None:
+                with record_function("hf_lgp.path_total"):
+                    for gradient, along in zip(own, term.total(weights[position]), strict=True):
+                        gradient.add_(along.masked_fill_(~finite, 0.0).view(gradient.shape))
+            gradients.extend(g.to(p.dtype) for g, p in zip(own, rule.parameters, strict=True))
         return gradients

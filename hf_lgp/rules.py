@@ -231,6 +231,32 @@ class BroadcastRule(Rule):
         return [matrix.reshape(self.parameters[0].shape)]
 
 
+class ScaleRule(Rule):
+    """A vector that multiplies hidden states (layer scale): ``delta * x`` summed over rows."""
+
+    def __init__(self, name: str, module: nn.Module, parameter: nn.Parameter) -> None:
+        super().__init__(name, module, [parameter])
+        self.rows, self.cols = 1, parameter.shape[0]
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return any(ScaleRule.fits(parameter) for parameter in module.parameters(recurse=False))
+
+    @staticmethod
+    def fits(parameter: nn.Parameter) -> bool:
+        """Whether the parameter can be a vector of factors."""
+        return parameter.requires_grad and parameter.dim() == 1
+
+    def factors(self, inputs: Tensor, delta: Tensor, examples: int, chosen: Tensor | slice) -> Factors | None:
+        rows, delta_rows = _by_example(inputs, examples, chosen), _by_example(delta, examples, chosen)
+        if rows is None or delta_rows is None or rows.shape != delta_rows.shape or rows.shape[-1] != self.cols:
+            return None
+        return Factors(None, (delta_rows * rows).sum(1, keepdim=True), self.rows)
+
+    def gradients(self, matrix: Tensor) -> list[Tensor]:
+        return [matrix[0]]
+
+
 MODULE_RULES: list[type[LinearRule | ConvRule | LayerNormRule | EmbeddingRule]] = [
     LinearRule,
     ConvRule,
@@ -262,8 +288,9 @@ def trunk_rules(model: nn.Module, head: nn.Module) -> list[Rule]:
             rules.append(kind(name, module))
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if BroadcastRule.fits(parameter):
-                rules.append(BroadcastRule(f"{name}.{parameter_name}".lstrip("."), module, parameter))
+            for rule in (BroadcastRule, ScaleRule):
+                if rule.fits(parameter):
+                    rules.append(rule(f"{name}.{parameter_name}".lstrip("."), module, parameter))
     return rules
 
 
