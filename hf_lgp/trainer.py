@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from .batches import batch_size, first_label, part_of
 from .compatibility import refuse_incompatible
-from .engine import LGPEngine, draw_control, private_randomness, private_seed
+from .draws import draw_control, private_randomness, private_seed
+from .engine import LGPEngine
 from .estimator import relative_cost
 from .head import find_head, named_head
 from .settings import LGPSettings

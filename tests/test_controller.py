@@ -29,17 +29,6 @@ def test_bases_move_eagerly_and_then_at_intervals(basis_steps: int) -> None:
     assert decisions.observed == 100
 
 
-def test_captured_energy_is_weighed_at_some_of_the_moves() -> None:
-    decisions = controller(basis_steps=5)
-    weighed = []
-    for step in range(100):
-        if decisions.weighs_energy:
-            assert decisions.moves_bases
-            weighed.append(step)
-        decisions.advance()
-    assert weighed == [*range(8), 20, 40, 60, 80]
-
-
 def test_the_first_fit_waits_for_the_warmup() -> None:
     decisions = controller()
     for _ in range(10):

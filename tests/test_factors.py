@@ -67,10 +67,65 @@ def test_moment_products(kind: str, ones: bool) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("tokens", [1, 20])  # few tokens and many take different ways
-def test_energy(kind: str, ones: bool, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_sketch(kind: str, ones: bool, tokens: int) -> None:
     factors, gradients = factors_and_gradients(kind, ones, tokens=tokens)
-    torch.testing.assert_close(factors.energy(), (gradients - gradients.mean(0)).square().sum())
+    vectors = randn(factors.cols, 7, seed=9)
+    torch.testing.assert_close(factors.sketch(vectors), gradients @ vectors)
+
+
+@every_kind
+def test_sketches_keep_inner_products_on_average(kind: str, ones: bool) -> None:
+    (factors, gradients), (others, other_gradients) = (factors_and_gradients(kind, ones, seed=seed) for seed in (0, 9))
+    other_gradients = other_gradients + gradients  # nothing to see between independent gradients
+    exact = (gradients * other_gradients).sum((1, 2))
+    draws = []
+    for seed in range(1000):
+        vectors = randn(factors.cols, 4, seed=seed) / 4**0.5
+        sketch = factors.sketch(vectors)
+        draws.append((sketch * (others.sketch(vectors) + sketch)).sum((1, 2)))
+    estimates = torch.stack(draws)
+    uncertainty = estimates.std(0) / len(draws) ** 0.5
+    assert (uncertainty < 0.1 * exact.abs()).all()
+    assert ((estimates.mean(0) - exact).abs() < 5 * uncertainty).all()
+
+
+SUBTRACTED = [(kind, kind, True) for kind in ("dense", "identity")] + [
+    (mine, theirs, False) for mine in KINDS for theirs in KINDS if mine != theirs or mine == "index"
+]
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize(("mine", "theirs", "possible"), SUBTRACTED)
+@pytest.mark.parametrize("scale", [0.7, torch.tensor(-1.5)])
+def test_minus(mine: str, theirs: str, possible: bool, ones: bool, scale: float | Tensor) -> None:
+    factors, gradients = factors_and_gradients(mine, ones)
+    other, other_gradients = factors_and_gradients(theirs, ones, tokens=2, seed=5)
+    if not possible:
+        with pytest.raises(ValueError, match="one kind"):
+            factors.minus(other, scale)
+        return
+    difference = factors.minus(other, scale)
+    assert (difference.examples, difference.rows, difference.cols) == gradients.shape
+    torch.testing.assert_close(difference.dense(), gradients - scale * other_gradients)
+
+
+@pytest.mark.parametrize("explicit_first", [False, True])
+def test_minus_where_only_one_has_its_column_of_ones_spelled_out(explicit_first: bool) -> None:
+    implicit, gradients = factors_and_gradients("dense", True)
+    spelled, other_gradients = factors_and_gradients("dense", False, cols=6, seed=5)
+    pairs = [(implicit, gradients), (spelled, other_gradients)]
+    (one, its_gradients), (other, others) = reversed(pairs) if explicit_first else pairs
+    torch.testing.assert_close(one.minus(other, 0.7).dense(), its_gradients - 0.7 * others)
+
+
+def test_minus_keeps_the_dtype_of_what_it_subtracts_from() -> None:
+    (wide, gradients), (other, others) = (factors_and_gradients("dense", False, seed=seed) for seed in (0, 5))
+    assert other.left is not None
+    half = Factors(other.left.bfloat16(), other.right.bfloat16(), other.rows)
+    difference = wide.minus(half, 1.0)
+    assert difference.right.dtype == torch.float64
+    torch.testing.assert_close(difference.dense(), gradients - others, rtol=0.05, atol=0.1)
 
 
 @every_kind
@@ -79,7 +134,6 @@ def test_take(kind: str, ones: bool) -> None:
     few = factors.take(3, 0.5)
     assert few.examples == 3
     torch.testing.assert_close(few.dense(), 0.5 * gradients[:3])
-    torch.testing.assert_close(few.energy(), 0.25 * (gradients[:3] - gradients[:3].mean(0)).square().sum())
     assert factors.take(99).examples == 4
 
 
@@ -103,14 +157,15 @@ def test_every_size(kind: str, ones: bool, examples: int, tokens: int, rows: int
     torch.testing.assert_close(factors.project(left_basis, right_basis), left_basis.T @ gradients @ right_basis)
     torch.testing.assert_close(left_product, expected_left, rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(right_product, expected_right, rtol=1e-7, atol=1e-10)
-    torch.testing.assert_close(factors.energy(), centred.square().sum(), rtol=1e-7, atol=1e-10)
+    vectors = randn(factors.cols, 2, seed=seed + 4)
+    torch.testing.assert_close(factors.sketch(vectors), gradients @ vectors)
+    torch.testing.assert_close(factors.dense(), gradients)
 
 
-def test_examples_that_agree_have_no_energy() -> None:
+def test_examples_that_agree_have_no_moments() -> None:
     factors, _ = factors_and_gradients("dense", True, examples=1)
     assert factors.left is not None
     twice = Factors(factors.left.repeat(3, 1, 1), factors.right.repeat(3, 1, 1), factors.rows, True)
-    assert 0 <= twice.energy() < 1e-12
     assert all(
         product.abs().max() < 1e-12 for product in twice.moment_products(torch.eye(3).double(), torch.eye(6).double())
     )
@@ -124,8 +179,8 @@ def test_half_precision_is_widened(kind: str, dtype: torch.dtype) -> None:
     half = Factors(left, factors.right.to(dtype), factors.rows)
     wide = Factors(left.float() if kind == "dense" and left is not None else left, half.right.float(), factors.rows)
     few = half.take(4, 1e-6)  # smaller than float16 can square
-    assert few.right.dtype == half.energy().dtype == torch.float32
-    torch.testing.assert_close(half.energy(), wide.energy())
+    assert few.right.dtype == few.dense().dtype == torch.float32
+    assert few.left is None or kind == "index" or few.left.dtype == torch.float32
     torch.testing.assert_close(few.dense(), 1e-6 * wide.dense(), rtol=1e-5, atol=0)
 
 
@@ -139,3 +194,6 @@ def test_coordinates_have_the_dtype_of_the_bases(kind: str) -> None:
     assert coordinates.dtype == torch.float32
     torch.testing.assert_close(coordinates, gradients.float(), rtol=0.05, atol=0.1)
     assert {product.dtype for product in half.moment_products(left_basis, right_basis)} == {torch.float32}
+    sketch = half.sketch(right_basis)
+    assert sketch.dtype == torch.float32
+    torch.testing.assert_close(sketch, gradients.float(), rtol=0.05, atol=0.1)

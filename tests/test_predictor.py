@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_lgp.alignment import Alignment
+from hf_lgp.alignment import MOMENTS, Alignment
 from hf_lgp.factors import Factors
 from hf_lgp.predictor import GradientPredictor
 from hf_lgp.regression import KERNELS, Kernel, KernelRidge
@@ -135,34 +135,37 @@ def test_observed_examples_are_copied() -> None:
     torch.testing.assert_close(predict(model), expected)
 
 
-def test_measure_compares_centred_coordinates_by_tensor() -> None:
+@pytest.mark.parametrize("with_path", [False, True])
+def test_measure_compares_centred_coordinates_by_tensor(with_path: bool) -> None:
     model, expected = predictor(), Alignment(3, dtype=torch.float64)
-    (*_, exact), (*_, guess) = examples(6, seed=0), examples(6, seed=1)
-    guess = guess + exact
-    model.measure(exact, guess)
-    sums = torch.zeros(3, 3, dtype=torch.float64)
+    exact, guess, path = (examples(6, seed=seed)[2] for seed in range(3))
+    guess, path = guess + exact, path + 0.5 * exact
+    model.measure(exact, path if with_path else None, guess)
+    parts = {"g": exact, "p": path if with_path else torch.zeros_like(path), "r": guess}
+    sums = torch.zeros(len(MOMENTS), 3, dtype=torch.float64)
     for number, segment in enumerate(model.subspace.segments):
         for column in range(segment.start, segment.start + segment.size):
-            x, y = exact[:, column] - exact[:, column].mean(), guess[:, column] - guess[:, column].mean()
-            sums[:, number] += torch.stack([x @ x, y @ y, x @ y])
-    expected.update(*sums)
+            centred = {name: values[:, column] - values[:, column].mean() for name, values in parts.items()}
+            sums[:, number] += torch.stack([centred[one] @ centred[other] for one, other in MOMENTS])
+    expected.update(sums)
     torch.testing.assert_close(model.alignment.moments, expected.moments)
-    torch.testing.assert_close(model.alignment.alpha, expected.alpha)
+    torch.testing.assert_close(model.alignment.coefficients, expected.coefficients)
+    torch.testing.assert_close(model.alignment.beta, expected.beta)
 
 
 def test_ready_after_a_fit_and_two_measurements() -> None:
     model = predictor()
     *_, c = batch = examples(4, seed=0)
-    model.measure(c[:1], c[:1])  # one example has no variance
+    model.measure(c[:1], c[:1], c[:1])  # one example has no variance
     assert model.alignment.batches == 0
     model.observe(*batch)
     model.refit()
     for expected in (False, False, True):
         assert model.ready is expected
-        model.measure(c, 2 * c)
+        model.measure(c, None, 2 * c)
     unfitted = predictor()
     for _ in range(3):
-        unfitted.measure(c, c)
+        unfitted.measure(c, None, c)
     assert not unfitted.ready
 
 
@@ -205,7 +208,7 @@ def half_way(kernel: Kernel = "rbf") -> GradientPredictor:
         model.observe(*examples(4, seed, size))
         model.refit()
     move_to_random(model, seed=3)
-    model.measure(examples(4, 4, size)[2], predict(model)[[0, 1, 2, 0]])
+    model.measure(examples(4, 4, size)[2], examples(4, 9, size)[2], predict(model)[[0, 1, 2, 0]])
     model.observe(*examples(2, 5, size))
     return model
 
@@ -219,11 +222,12 @@ def test_a_restored_predictor_goes_on_bit_for_bit(kernel: Kernel) -> None:
     for one in (model, restored):
         one.observe(*examples(4, 6, one.subspace.size))
         move_to_random(one, seed=7)
-        one.measure(examples(4, 8, one.subspace.size)[2], predict(one)[[0, 1, 2, 0]])
+        size = one.subspace.size
+        one.measure(examples(4, 8, size)[2], examples(4, 10, size)[2], predict(one)[[0, 1, 2, 0]])
         assert one.waiting == 4
         one.refit()
     assert torch.equal(predict(restored), predict(model))
-    assert torch.equal(restored.alignment.rho2, model.alignment.rho2)
+    assert torch.equal(restored.alignment.beta, model.alignment.beta)
     assert all(torch.equal(restored.state_dict()[name], value) for name, value in model.state_dict().items())
 
 

@@ -79,8 +79,11 @@ def test_every_setting_can_be_read_from_arguments() -> None:
         "observe_examples": 8,
         "refit_steps": 2,
         "basis_steps": 5,
+        "class_path": False,
         "seed": 7,
         "head": "classifier",
     }
     settings = LGPSettings.from_arguments(SimpleNamespace(**{f"lgp_{name}": value for name, value in values.items()}))
     assert dataclasses.asdict(settings) == values
+    defaults = dataclasses.asdict(LGPSettings())
+    assert not any(value == defaults[name] for name, value in values.items()), "a default proves nothing"
