@@ -46,7 +46,7 @@ class Pause(TrainerCallback):
         learn = engine.finish
 
         def forget() -> None:  # holds the predictor still
-            engine._observation = None
+            engine.observer.current = None
 
         engine.finish = forget  # type: ignore[method-assign]
         error = torch.zeros(len(trunk), dtype=torch.float64)

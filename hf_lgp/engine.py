@@ -8,54 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from .capture import Capture
 from .class_path import ClassPath, same_features
 from .controller import Controller
-from .draws import private_seed
 from .estimator import control_size
-from .factors import Factors
 from .families import find_backbone
 from .injection import Splice, splice_head
-from .path_terms import PathTerm
+from .observer import MEASURED_EXAMPLES, Observation, Observer
 from .predictor import GradientPredictor
 from .rules import coverage, trunk_rules
 from .settings import LGPSettings
 from .subspace import Subspace
 
-_BASIS_EXAMPLES = 16
-"""Examples whose gradients move the bases: enough for 16 to 32 directions when averaged over moves."""
-
-_SKETCHES = 8
-"""Random vectors per tensor with which whole gradients are compared with predictions when bases move."""
-
-_MEASURED_EXAMPLES = 16
-"""Examples whose predictions are compared with their exact gradients, each micro-batch: variances are averaged over time."""
-
 
 class SpliceBypassedError(RuntimeError):
     """The control forward did not pass through the head's hook, so its gradient would lack the correction."""
-
-
-@dataclass
-class _Observation:
-    """Exact examples of one micro-batch on their way into the predictor."""
-
-    controls: int
-    chosen: Tensor | slice
-    weight: float | Tensor
-    examples: int
-    features: Tensor | None = None
-    pullbacks: Tensor | None = None
-    predicted: Tensor | None = None
-    path: list[PathTerm | None] | None = None
-    path_coordinates: Tensor | None = None
 
 
 class LGPEngine:
@@ -106,18 +78,12 @@ class LGPEngine:
         self.controller = Controller(settings)
         backbone = find_backbone(model) if settings.class_path else None
         self.path = None if backbone is None else ClassPath(backbone, self.rules)
-        self._capture = Capture(self.rules, subspace)
+        self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, device)
         self._parameters = [parameter for rule in self.rules for parameter in rule.parameters]
-        self._coordinates = torch.zeros(settings.observe_examples, subspace.size, device=device, dtype=dtype)
-        self._path_coordinates = torch.zeros_like(self._coordinates)
-        self._energies = torch.zeros(4, len(self.rules), device=device, dtype=dtype)
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
-        self._loss_scale: Tensor | None = None
         self._collected: tuple[Tensor, Tensor] | None = None
         self._collecting = False
         self._splice: tuple[Tensor, float | Tensor] | None = None
-        self._observation: _Observation | None = None
-        self._moving = False
         self._handle = head.register_forward_hook(self._head_ran)
 
     # -- what a trainer calls ------------------------------------------------------------------------------------------
@@ -128,7 +94,7 @@ class LGPEngine:
 
     def record_loss_scale(self, gradient: Tensor) -> None:
         """Hook for the loss: note the factor (accumulation, loss scaling) that its backward pass starts from."""
-        self._loss_scale = gradient.detach()
+        self.observer.loss_scale = gradient.detach()
 
     @contextmanager
     def exact(self, examples: int, seed: int) -> Iterator[None]:
@@ -137,7 +103,7 @@ class LGPEngine:
         if examples > self.settings.observe_examples:
             order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
             chosen = order[: self.settings.observe_examples].to(self.device, non_blocking=True)
-        self._observation = _Observation(examples, chosen, 1.0, examples)
+        self.observer.current = Observation(examples, chosen, 1.0, examples)
         if self.path is not None:
             count = min(examples, self.settings.observe_examples)
             self.path.start(count)
@@ -202,7 +168,7 @@ class LGPEngine:
                 self.path.disarm()
         if not agrees:
             self.path.close()
-            self.path = None
+            self.path = self.observer.path = None
         return agrees
 
     @contextmanager
@@ -218,7 +184,7 @@ class LGPEngine:
             SpliceBypassedError: If the forward inside never reached the head.
         """
         chosen = slice(0, min(controls, self.settings.observe_examples))
-        self._observation = _Observation(controls, chosen, weight, len(order))
+        self.observer.current = Observation(controls, chosen, weight, len(order))
         self._splice = order, weight
         if self.path is not None:
             self.path.arm(slice(0, controls))
@@ -235,31 +201,7 @@ class LGPEngine:
 
     def finish(self) -> None:
         """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
-        observation, self._observation = self._observation, None
-        if observation is None or observation.features is None or observation.pullbacks is None:
-            return
-        coordinates = self._coordinates[: len(observation.features)] / (self._unit(observation) * observation.weight)
-        alignment, path = self.predictor.alignment, observation.path_coordinates
-        with record_function("hf_lgp.observe"):
-            targets = coordinates
-            if path is not None:
-                targets = coordinates - self.predictor.subspace.per_coordinate(alignment.beta) * path
-            self.predictor.observe(observation.features, observation.pullbacks, targets)
-            if observation.predicted is not None:
-                few = slice(0, len(observation.predicted))
-                self.predictor.measure(coordinates[few], None if path is None else path[few], observation.predicted)
-        if self._moving:
-            with record_function("hf_lgp.move_bases"):
-                if observation.predicted is not None:
-                    alignment.update_energies(*self._energies)
-                self.predictor.move_bases()
-        self.controller.advance()
-        queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
-        if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
-            with record_function("hf_lgp.refit"):
-                self.predictor.refit()
-            self.controller.refitted()
-        self._loss_scale = None
+        self.observer.learn()
 
     def clipped_ranks(self) -> int:
         """Number of weight matrices that are narrower than the rank on some side."""
@@ -271,7 +213,7 @@ class LGPEngine:
 
     def close(self) -> None:
         """Remove every hook from the model."""
-        self._capture.close()
+        self.observer.capture.close()
         if self.path is not None:
             self.path.close()
         self._handle.remove()
@@ -306,65 +248,12 @@ class LGPEngine:
 
     @contextmanager
     def _armed(self) -> Iterator[None]:
-        observation = self._observation
-        assert observation is not None
-        count = observation.controls if isinstance(observation.chosen, slice) else len(observation.chosen)
-        count = min(count, self.settings.observe_examples)
-        self._moving = self.controller.moves_bases and count >= 2
-        self._capture.arm(
-            self._coordinates[:count],
-            observation.controls,
-            observation.chosen,
-            self._use_for_bases if self._moving else None,
-        )
         try:
-            yield
+            with self.observer.observing():
+                yield
         finally:
-            self._capture.disarm()
             if self.path is not None:
                 self.path.disarm()
-
-    def _unit(self, observation: _Observation) -> Tensor | float:
-        """Factor between the gradients of this backward pass and those of one example's own, unscaled loss."""
-        if self._loss_scale is None:
-            return 1.0 / observation.examples
-        return self._loss_scale.to(self._coordinates.dtype) / observation.examples
-
-    def _use_for_bases(self, position: int, factors: Factors) -> None:
-        """Take the power step on what the path leaves over, and compare whole gradients with predictions."""
-        observation, alignment, subspace = self._observation, self.predictor.alignment, self.predictor.subspace
-        assert observation is not None
-        few = factors.take(_BASIS_EXAMPLES, 1.0 / (self._unit(observation) * observation.weight))
-        remainder, along = few, None
-        term = None if observation.path is None else observation.path[position]
-        if term is not None:
-            along = term.factors(slice(0, few.examples)).take(few.examples)
-            remainder = few.minus(along, alignment.beta[position])
-        if observation.predicted is not None:
-            self._weigh(position, few, along, remainder)
-        subspace.accumulate(position, remainder)
-
-    def _weigh(self, position: int, exact: Factors, along: Factors | None, remainder: Factors) -> None:
-        observation, alignment, subspace = self._observation, self.predictor.alignment, self.predictor.subspace
-        assert observation is not None and observation.predicted is not None
-        generator = torch.Generator(self.device)
-        generator.manual_seed(private_seed(self.settings.seed, self.controller.observed, position))
-        left, right = subspace.bases(position)
-        vectors = torch.randn(exact.cols, _SKETCHES, generator=generator, device=self.device, dtype=left.dtype)
-        vectors *= _SKETCHES**-0.5
-        count = min(exact.examples, len(observation.predicted))
-        coordinates = subspace.blocks(position, observation.predicted[:count])
-        path, ridge = (coefficients[position] for coefficients in alignment.coefficients)
-        total = exact.sketch(vectors)[:count]
-        error = total - ridge * (left @ coordinates @ (right.T @ vectors))
-        rest = total
-        if along is not None:
-            parallel = along.sketch(vectors)[:count]
-            error = error - path * parallel
-            rest = total - alignment.beta[position] * parallel
-        kept = subspace.project(position, remainder)[:count]
-        for row, values in enumerate((error, total, kept, rest)):
-            self._energies[row, position] = (values - values.mean(0)).square().sum()
 
     def _head_ran(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         features = args[0]
@@ -376,7 +265,7 @@ class LGPEngine:
             self._splice = None
             splice = Splice(*self._collected, order, weight, self._correction)
             return splice_head(self.head, features, output, splice, self._parameters)
-        elif self._observation is not None and output.requires_grad:
+        elif self.observer.current is not None and output.requires_grad:
             detached = features.detach()
             output.register_hook(lambda residuals: self._residuals_arrived(detached, residuals))
         return None
@@ -384,51 +273,31 @@ class LGPEngine:
     @torch.no_grad()
     def _residuals_arrived(self, features: Tensor, residuals: Tensor) -> None:
         """An exact step's residuals: note what the regression needs of the chosen examples."""
-        observation = self._observation
+        observation = self.observer.current
         if observation is None:
             return
-        wide = self._coordinates.dtype
+        wide = torch.promote_types(torch.float32, residuals.dtype)
         observation.features = features[observation.chosen].to(wide)
         pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
-        observation.pullbacks = pullbacks / self._unit(observation)
-        self._follow_path(observation, observation.pullbacks)
+        observation.pullbacks = pullbacks / self.observer.unit
+        self.observer.follow_path(observation.pullbacks)
         if self.predictor.regression.fitted:
-            few = slice(0, _MEASURED_EXAMPLES)
+            few = slice(0, MEASURED_EXAMPLES)
             rows = self.predictor.kernel_rows(observation.features[few], observation.pullbacks[few])
             observation.predicted = self.predictor.predict(rows)
-
-    def _follow_path(self, observation: _Observation, pullbacks: Tensor) -> list[PathTerm | None] | None:
-        """Path gradients of all examples noted; those of the observed ones in coordinates too."""
-        if self.path is None:
-            return None
-        assert observation.features is not None
-        with record_function("hf_lgp.path"):
-            observation.path = self.path.gradients(pullbacks)
-        with record_function("hf_lgp.path_coordinates"):
-            observation.path_coordinates = self._coordinates_of(observation.path, len(observation.features))
-        return observation.path
-
-    def _coordinates_of(self, terms: list[PathTerm | None], count: int) -> Tensor:
-        """Coordinates of the first examples' path gradients, shape ``(count, P)``."""
-        coordinates, subspace = self._path_coordinates[:count].zero_(), self.predictor.subspace
-        for position, term in enumerate(terms):
-            if term is not None:
-                projected = term.factors(slice(0, count)).project(*subspace.bases(position))
-                subspace.blocks(position, coordinates).copy_(projected)
-        return coordinates
 
     @record_function("hf_lgp.correction")
     @torch.no_grad()
     def _correction(self, features: Tensor, residuals: Tensor, pullbacks: Tensor) -> list[Tensor | None]:
         """``alpha * (sum_all g_hat - w sum_S g_hat)`` for every covered parameter, in the units of this backward pass."""
-        observation = self._observation
+        observation = self.observer.current
         assert observation is not None
-        predictor, unit = self.predictor, self._unit(observation)
+        predictor, unit = self.predictor, self.observer.unit
         pullbacks = pullbacks / unit
         rows = predictor.kernel_rows(features, pullbacks)
         control = rows[: observation.controls]
         difference = rows.sum(0, keepdim=True) - observation.weight * control.sum(0, keepdim=True)
-        predicted = predictor.predict(torch.cat([difference, control[observation.chosen][:_MEASURED_EXAMPLES]]))
+        predicted = predictor.predict(torch.cat([difference, control[observation.chosen][:MEASURED_EXAMPLES]]))
         observation.features = features[: observation.controls][observation.chosen]
         observation.pullbacks = pullbacks[: observation.controls][observation.chosen]
         observation.predicted = predicted[1:]
@@ -436,7 +305,7 @@ class LGPEngine:
         correction = predicted[0] * predictor.subspace.per_coordinate(ridge_alpha) * unit
         # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
         finite = correction.isfinite().all()
-        terms = self._follow_path(observation, pullbacks)
+        terms = self.observer.follow_path(pullbacks)
         weights = torch.ones_like(pullbacks[:, 0])
         weights[: observation.controls] -= observation.weight
         weights = weights * (path_alpha[:, None] * unit)

@@ -35,7 +35,7 @@ CLASS_TOKEN_FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel], dict[str
             "drop_path_rate": 0.0,
         },
     ),
-    "dinov2": (Dinov2Config, Dinov2ForImageClassification, {"layerscale_value": 0.5, "mlp_ratio": 1.5}),
+    "dinov2": (Dinov2Config, Dinov2ForImageClassification, {"layerscale_value": 0.5, "mlp_ratio": 2}),
 }
 """Families with a class-token path: config, model, and what their tiny version needs beyond a ViT's."""
 

@@ -1,0 +1,214 @@
+"""The observer: what the exact examples of a micro-batch teach the predictor.
+
+While a forward and backward pass runs, it collects the exact examples' coordinates (:mod:`~hf_lgp.capture`), what the head
+knows about them, and what was predicted for them beforehand. :meth:`Observer.learn` then updates window, alignment and
+bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from .capture import Capture
+from .class_path import ClassPath
+from .controller import Controller
+from .draws import private_seed
+from .factors import Factors
+from .path_terms import PathTerm
+from .predictor import GradientPredictor
+from .rules import Rule
+from .settings import LGPSettings
+
+MEASURED_EXAMPLES = 16
+"""Examples whose predictions are compared with their exact gradients, each micro-batch: variances are averaged over time."""
+
+_BASIS_EXAMPLES = 16
+"""Examples whose gradients move the bases: enough for 16 to 32 directions when averaged over moves."""
+
+_SKETCHES = 8
+"""Random vectors per tensor with which whole gradients are compared with predictions when bases move."""
+
+
+@dataclass
+class Observation:
+    """Exact examples of one micro-batch on their way into the predictor.
+
+    Attributes:
+        controls: Number of examples with a graph.
+        chosen: Which of them are observed.
+        weight: Control weight ``w`` that their gradients carry.
+        examples: Size ``m`` of the micro-batch.
+        features: Head inputs of the observed examples, shape ``(b, D)``.
+        pullbacks: ``h`` of the observed examples' own, unscaled losses, shape ``(b, D)``.
+        predicted: What the regression predicted for the first of them, shape ``(b', P)``.
+        path: Their class-path gradients, by rule.
+        path_coordinates: The same in coordinates, shape ``(b, P)``.
+    """
+
+    controls: int
+    chosen: Tensor | slice
+    weight: float | Tensor
+    examples: int
+    features: Tensor | None = None
+    pullbacks: Tensor | None = None
+    predicted: Tensor | None = None
+    path: list[PathTerm | None] | None = None
+    path_coordinates: Tensor | None = None
+
+
+class Observer:
+    """Observes exact examples and lets the predictor learn from them.
+
+    Args:
+        rules: The rules of the covered tensors.
+        predictor: The predictor that learns.
+        controller: Says when bases move and when to refit.
+        path: The class-token path, or None.
+        settings: The method's settings.
+        device: Where the predictor lives.
+
+    Attributes:
+        current: The micro-batch being observed, or None.
+        loss_scale: Factor (accumulation, loss scaling) that the backward pass started from; None for 1.
+    """
+
+    def __init__(
+        self,
+        rules: list[Rule],
+        predictor: GradientPredictor,
+        controller: Controller,
+        path: ClassPath | None,
+        settings: LGPSettings,
+        device: torch.device,
+    ) -> None:
+        self.rules, self.predictor, self.controller = rules, predictor, controller
+        self.path, self.settings, self.device = path, settings, device
+        self.capture = Capture(rules, predictor.subspace)
+        self.current: Observation | None = None
+        self.loss_scale: Tensor | None = None
+        like = predictor.subspace.bases(0)[0]
+        self._coordinates = like.new_zeros(settings.observe_examples, predictor.subspace.size)
+        self._path_coordinates = torch.zeros_like(self._coordinates)
+        self._energies = like.new_zeros(4, len(rules))
+        self._moving = False
+
+    @property
+    def unit(self) -> Tensor | float:
+        """Factor between the gradients of this backward pass and those of one example's own, unscaled loss."""
+        assert self.current is not None
+        if self.loss_scale is None:
+            return 1.0 / self.current.examples
+        return self.loss_scale.to(self._coordinates.dtype) / self.current.examples
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Capture the coordinates of :attr:`current` during the forward and backward inside."""
+        assert self.current is not None
+        chosen = self.current.chosen
+        count = self.current.controls if isinstance(chosen, slice) else len(chosen)
+        count = min(count, self.settings.observe_examples)
+        self._moving = self.controller.moves_bases and count >= 2
+        self.capture.arm(
+            self._coordinates[:count], self.current.controls, chosen, self._use_for_bases if self._moving else None
+        )
+        try:
+            yield
+        finally:
+            self.capture.disarm()
+
+    def follow_path(self, pullbacks: Tensor) -> list[PathTerm | None] | None:
+        """Path gradients of all examples noted; those of the observed ones in coordinates too.
+
+        Args:
+            pullbacks: ``h`` of all examples' own, unscaled losses, observed ones first, shape ``(m, D)``.
+        """
+        observation = self.current
+        if self.path is None or observation is None:
+            return None
+        assert observation.features is not None
+        with record_function("hf_lgp.path"):
+            observation.path = self.path.gradients(pullbacks)
+        with record_function("hf_lgp.path_coordinates"):
+            observation.path_coordinates = self._coordinates_of(observation.path, len(observation.features))
+        return observation.path
+
+    def _coordinates_of(self, terms: list[PathTerm | None], count: int) -> Tensor:
+        """Coordinates of the first examples' path gradients, shape ``(count, P)``."""
+        coordinates, subspace = self._path_coordinates[:count].zero_(), self.predictor.subspace
+        for position, term in enumerate(terms):
+            if term is not None:
+                projected = term.factors(slice(0, count)).project(*subspace.bases(position))
+                subspace.blocks(position, coordinates).copy_(projected)
+        return coordinates
+
+    def learn(self) -> None:
+        """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
+        observation = self.current
+        if observation is None or observation.features is None or observation.pullbacks is None:
+            self.current = self.loss_scale = None
+            return
+        coordinates = self._coordinates[: len(observation.features)] / (self.unit * observation.weight)
+        self.current = self.loss_scale = None
+        alignment, path = self.predictor.alignment, observation.path_coordinates
+        with record_function("hf_lgp.observe"):
+            targets = coordinates
+            if path is not None:
+                targets = coordinates - self.predictor.subspace.per_coordinate(alignment.beta) * path
+            self.predictor.observe(observation.features, observation.pullbacks, targets)
+            if observation.predicted is not None:
+                few = slice(0, len(observation.predicted))
+                self.predictor.measure(coordinates[few], None if path is None else path[few], observation.predicted)
+        if self._moving:
+            with record_function("hf_lgp.move_bases"):
+                if observation.predicted is not None:
+                    alignment.update_energies(*self._energies)
+                self.predictor.move_bases()
+        self.controller.advance()
+        queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
+        if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
+            with record_function("hf_lgp.refit"):
+                self.predictor.refit()
+            self.controller.refitted()
+
+    def _use_for_bases(self, position: int, factors: Factors) -> None:
+        """Take the power step on what the path leaves over, and compare whole gradients with predictions."""
+        observation, predictor = self.current, self.predictor
+        assert observation is not None
+        few = factors.take(_BASIS_EXAMPLES, 1.0 / (self.unit * observation.weight))
+        remainder, along = few, None
+        term = None if observation.path is None else observation.path[position]
+        if term is not None:
+            along = term.factors(slice(0, few.examples)).take(few.examples)
+            remainder = few.minus(along, predictor.alignment.beta[position])
+        if observation.predicted is not None:
+            self._weigh(position, few, along, remainder)
+        predictor.subspace.accumulate(position, remainder)
+
+    def _weigh(self, position: int, exact: Factors, along: Factors | None, remainder: Factors) -> None:
+        """Energies of whole gradients and of what predictions leave unexplained, from random sketches."""
+        observation, alignment, subspace = self.current, self.predictor.alignment, self.predictor.subspace
+        assert observation is not None and observation.predicted is not None
+        generator = torch.Generator(self.device)
+        generator.manual_seed(private_seed(self.settings.seed, self.controller.observed, position))
+        left, right = subspace.bases(position)
+        vectors = torch.randn(exact.cols, _SKETCHES, generator=generator, device=self.device, dtype=left.dtype)
+        vectors *= _SKETCHES**-0.5
+        count = min(exact.examples, len(observation.predicted))
+        coordinates = subspace.blocks(position, observation.predicted[:count])
+        path, ridge = (coefficients[position] for coefficients in alignment.coefficients)
+        total = exact.sketch(vectors)[:count]
+        error = total - ridge * (left @ coordinates @ (right.T @ vectors))
+        rest = total
+        if along is not None:
+            parallel = along.sketch(vectors)[:count]
+            error = error - path * parallel
+            rest = total - alignment.beta[position] * parallel
+        kept = subspace.project(position, remainder)[:count]
+        for row, values in enumerate((error, total, kept, rest)):
+            self._energies[row, position] = (values - values.mean(0)).square().sum()
