@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_lgp.path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
-from hf_lgp.rules import BroadcastRule, ConvRule, LayerNormRule, LinearRule, Rule
+from hf_lgp.rules import BroadcastRule, ConvRule, LayerNormRule, LinearRule, Rule, ScaleRule
 
 EXAMPLES = 5
 quick = settings(deadline=None, max_examples=25)
@@ -86,6 +86,12 @@ def test_a_table() -> None:
     table = nn.Parameter(randn(1, 3, 4, seed=0))
     gradients = randn(EXAMPLES, 3, 4, seed=1)
     assert_consistent(DenseTerm(gradients, (table.shape,)), BroadcastRule("table", nn.Module(), table), gradients)
+
+
+def test_a_layer_scale() -> None:
+    scale = nn.Parameter(randn(4, seed=0))
+    gradients = randn(EXAMPLES, 1, 4, seed=1)
+    assert_consistent(DenseTerm(gradients, (scale.shape,)), ScaleRule("scale", nn.Module(), scale), gradients)
 
 
 @pytest.mark.parametrize("biased", [False, True])
