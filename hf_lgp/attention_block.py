@@ -71,7 +71,7 @@ class BlockRows:
     Attributes:
         entering: Class row entering the block, shape ``(m, D)``.
         normalised: All rows after the norm without its affine map, shape ``(m, T, D)``, in the dtype of the computation.
-        bias: Added to the class row's scores, shape ``(1 or m, H, T)``, or None.
+        bias: Added to the class row's scores, shape ``(m, H or 1, T)``, or None.
         branches: Factors that dropout gave the class row of the two branches, shape ``(m, D)`` each, or None.
     """
 

@@ -66,7 +66,7 @@ class ClassPath:
         self.finite: Tensor | bool = True
         self._rows: slice | None = None
         self._chosen: Tensor | slice = slice(None)
-        self._total = 0
+        self._total = self._examples = 0
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._fresh: set[tuple[str, int]] = set()
         self._branch_calls: dict[nn.Module, int] = {}
@@ -118,6 +118,8 @@ class ClassPath:
         buffer = self._kept.get(key)
         if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != values.device:
             buffer = self._kept[key] = torch.empty(shape, dtype=dtype, device=values.device)
+        if name == "bias" and key not in self._fresh:
+            buffer.zero_()  # a forward without a mask notes none
         buffer[self._rows] = values
         self._fresh.add(key)
 
@@ -130,6 +132,7 @@ class ClassPath:
 
     @torch.no_grad()
     def _note(self, index: int, hidden: Tensor) -> None:
+        self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
         normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, block.norm_before.eps)
@@ -144,14 +147,10 @@ class ClassPath:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if self._rows is None or not isinstance(mask, Tensor):
             return
-        row = mask.detach()[:, :, 0]
+        row = mask.detach()[:, :, 0].expand(self._examples, -1, -1)
         if row.dtype == torch.bool:
             row = torch.zeros_like(row, dtype=torch.float32).masked_fill_(~row, -torch.inf)
-        if row.shape[0] > 1:
-            self._keep("bias", index, row[self._chosen])
-        else:
-            self._kept["bias", index] = row
-            self._fresh.add(("bias", index))
+        self._keep("bias", index, row[self._chosen])
 
     @torch.no_grad()
     def _dropped(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -224,7 +223,7 @@ class ClassPath:
         return BlockRows(
             self._kept["class", index][part],
             self._kept["normalised", index][part],
-            bias if bias is None or bias.shape[0] == 1 else bias[part],
+            None if bias is None else bias[part],
             None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
         )
 

@@ -110,18 +110,15 @@ class Factors:
 
     def minus(self, other: Factors, scale: Tensor | float) -> Factors:
         """Gradients ``G_i - scale * G'_i`` of the same examples."""
-        if self.left is None and other.left is None:
-            return Factors(None, self.right - scale * other.right.to(self.right.dtype), self.rows)
-        left, right = (f.left if f.left is not None else None for f in (self, other)), (self, other)
-        mine, theirs = left
+        mine, theirs = self.left, other.left
+        right, subtracted = (_with_ones(f.right) if f.ones else f.right for f in (self, other))
+        subtracted = subtracted.to(right.dtype)
+        if mine is None and theirs is None:
+            return Factors(None, right - scale * subtracted, self.rows)
         if mine is None or theirs is None or not mine.is_floating_point() or not theirs.is_floating_point():
             raise ValueError("Only factors of one kind can be subtracted.")
-        rows = [_with_ones(f.right) if f.ones else f.right for f in right]
-        return Factors(
-            torch.cat([mine, -scale * theirs.to(mine.dtype)], dim=1),
-            torch.cat([rows[0], rows[1].to(rows[0].dtype)], dim=1),
-            self.rows,
-        )
+        left = torch.cat([mine, -scale * theirs.to(mine.dtype)], dim=1)
+        return Factors(left, torch.cat([right, subtracted], dim=1), self.rows)
 
     def moment_products(self, left_basis: Tensor, right_basis: Tensor) -> tuple[Tensor, Tensor]:
         """Centred second moments applied to the bases: one power step of orthogonal iteration on either side.

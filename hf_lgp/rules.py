@@ -240,7 +240,9 @@ class ScaleRule(Rule):
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        return any(ScaleRule.fits(parameter) for parameter in module.parameters(recurse=False))
+        # What torch's own layers keep in vectors are biases and norms, which have rules of their own or none.
+        own = type(module).__module__.startswith("torch.nn.")
+        return not own and any(ScaleRule.fits(parameter) for parameter in module.parameters(recurse=False))
 
     @staticmethod
     def fits(parameter: nn.Parameter) -> bool:
@@ -289,7 +291,7 @@ def trunk_rules(model: nn.Module, head: nn.Module) -> list[Rule]:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             for rule in (BroadcastRule, ScaleRule):
-                if rule.fits(parameter):
+                if rule.matches(module) and rule.fits(parameter) and "bias" not in parameter_name:
                     rules.append(rule(f"{name}.{parameter_name}".lstrip("."), module, parameter))
     return rules
 

@@ -125,8 +125,7 @@ def test_batches_are_averaged_exponentially() -> None:
     torch.testing.assert_close(tracked.moments, averaged / weights.sum())
     # One regression on all batches, each example weighed by its batch.
     weighed = [
-        torch.cat([w.sqrt() * x for w, x in zip(weights, part, strict=True)], 1)
-        for part in zip(*batches, strict=True)
+        torch.cat([w.sqrt() * x for w, x in zip(weights, part, strict=True)], 1) for part in zip(*batches, strict=True)
     ]
     torch.testing.assert_close(tracked.beta, least_squares(*weighed[:2])[:, 0].clamp(0.0, 2.0))
     torch.testing.assert_close(

@@ -58,7 +58,12 @@ def test_the_parts_of_every_family_are_found(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "paths"),
-    [("vit", None), ("deit", None), ("beit", "lambda_1 lambda_2"), ("dinov2", "layer_scale1.lambda1 layer_scale2.lambda1")],
+    [
+        ("vit", None),
+        ("deit", None),
+        ("beit", "lambda_1 lambda_2"),
+        ("dinov2", "layer_scale1.lambda1 layer_scale2.lambda1"),
+    ],
 )
 def test_layer_scales_are_found_where_there_are_some(family: str, paths: str | None) -> None:
     model = tiny_classifier(family)

@@ -79,7 +79,9 @@ def test_a_frozen_bias_has_no_place(kind: str) -> None:
 def test_a_norms_two_rows() -> None:
     norm = nn.LayerNorm(4).double()
     gradients = randn(EXAMPLES, 2, 4, seed=0)
-    assert_consistent(DenseTerm(gradients, (norm.weight.shape, norm.bias.shape)), LayerNormRule("norm", norm), gradients)
+    assert_consistent(
+        DenseTerm(gradients, (norm.weight.shape, norm.bias.shape)), LayerNormRule("norm", norm), gradients
+    )
 
 
 def test_a_table() -> None:

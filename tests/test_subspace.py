@@ -324,3 +324,16 @@ def test_the_rank_must_be_positive() -> None:
         Subspace(SHAPES, 0)
     with pytest.raises(ValueError, match="rank"):
         Subspace(SHAPES, [3] * 6 + [0])
+
+
+def test_blocks_are_a_view_of_one_tensors_coordinates() -> None:
+    bases = subspace()
+    flat = coordinates_of(bases, gradients_of(SHAPES, 3, seed=0))
+    for number, gradient in enumerate(gradients_of(SHAPES, 3, seed=0)):
+        left, right = bases.bases(number)
+        torch.testing.assert_close(bases.blocks(number, flat), left.T @ gradient @ right)
+    before = flat.clone()
+    bases.blocks(2, flat).zero_()
+    segment = bases.segments[2]
+    assert flat[:, segment.start : segment.start + segment.size].eq(0).all()
+    assert (flat != before).sum() == 3 * segment.size

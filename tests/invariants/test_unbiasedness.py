@@ -111,7 +111,9 @@ def test_mean_over_every_draw_is_the_full_gradient(
         error = (mean - expected).norm() / expected.norm().clamp(min=1e-4)
         assert error < CASES[name].get("tolerance", 1e-10), f"{parameter}: {error}"
         if "classifier" in parameter:
-            assert spread < max(1e-12, 1e-2 * CASES[name].get("tolerance", 0.0)), "the head's gradient is exact in every draw"
+            assert spread < max(1e-12, 1e-2 * CASES[name].get("tolerance", 0.0)), (
+                "the head's gradient is exact in every draw"
+            )
     trainer._lgp_engine.close()
 
 
