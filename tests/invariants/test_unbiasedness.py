@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TinyImages, tiny_vit
+from tiny import TinyImages, tiny_classifier
 from torch import Tensor
 from transformers import Trainer
 
@@ -33,6 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "multi-label": {"labels": "multi", "model": {"problem_type": "multi_label_classification"}},
     "regression": {"labels": "regression", "model": {"num_labels": 1, "problem_type": "regression"}},
     "class-weighted loss function": {"trainer": {"compute_loss_func": weighted_loss}},
+    "DeiT": {"family": "deit"},
+    "BEiT": {"family": "beit"},
+    "Dinov2": {"family": "dinov2"},
     # transformers computes the softmax of eager attention in float32
     "eager attention": {"model": {"attn_implementation": "eager"}, "tolerance": 1e-4},
 }
@@ -59,7 +62,8 @@ def fitted_trainer(case: dict[str, Any], folder: Path, **settings: Any) -> tuple
         **case.get("arguments", {}),
         **settings,
     )
-    trainer = LGPTrainer(tiny_vit(**case.get("model", {})), arguments, train_dataset=data, **case.get("trainer", {}))
+    model = tiny_classifier(case.get("family", "vit"), **case.get("model", {}))
+    trainer = LGPTrainer(model, arguments, train_dataset=data, **case.get("trainer", {}))
     trainer._lgp_close = lambda: None  # type: ignore[method-assign]  # keep the fitted predictor after training
     trainer.train()
     return trainer, data
