@@ -126,6 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             lgp_ridge=options.ridge,
             lgp_refit_steps=options.refit,
             lgp_basis_steps=options.basis,
+            lgp_observe_steps=options.observe,
             lgp_class_path=not options.ridge_alone,
         )
         recorder = Recorder(options.every, options.steps - options.basis)
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--ridge", type=float, default=LGPTrainingArguments.lgp_ridge)
     parser.add_argument("--refit", type=int, default=LGPTrainingArguments.lgp_refit_steps)
     parser.add_argument("--basis", type=int, default=LGPTrainingArguments.lgp_basis_steps)
+    parser.add_argument("--observe", type=int, default=LGPTrainingArguments.lgp_observe_steps)
     parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
     parser.add_argument("--every", type=int, default=10, help="steps between two records")
     parser.add_argument("--seed", type=int, default=0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from hf_lgp import LGPTrainer, LGPTrainingArguments
 PARTS = (
     "predict",
     "path",
-    "path_total",
     "path_coordinates",
     "correction",
     "lift",
@@ -34,7 +34,7 @@ PARTS = (
     "refit",
     "move_bases",
 )
-"""Profiled ranges of a step; ``correction`` contains ``path``, ``path_total``, ``path_coordinates`` and ``lift``."""
+"""Profiled ranges of a step; ``correction`` contains ``path``, ``path_coordinates`` and ``lift`` (the path's sum with it)."""
 
 
 class RandomImages(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -81,11 +81,26 @@ class TimedTrainer(LGPTrainer):
                 self.model(pixel_values=inputs["pixel_values"][controls:])
 
         result: list[Tensor] = []
+        engine = self._lgp_engine
+        prediction = 0.0
+
+        def clocked(owner: Any, name: str, share: float) -> None:
+            work = getattr(owner, name)
+
+            def run(*args: Any) -> Any:
+                nonlocal prediction
+                start = time.perf_counter()
+                try:
+                    return work(*args)
+                finally:
+                    prediction += share * (time.perf_counter() - start)
+
+            setattr(owner, name, run)
 
         def predicted() -> None:
             result.append(LGPTrainer.training_step(self, model, inputs, num_items_in_batch))
 
-        engine, self._lgp_engine = self._lgp_engine, None  # the parts are plain Trainer's, without our loss hook
+        self._lgp_engine = None  # the parts are plain Trainer's, without our loss hook
         cell = {}
         for name, work in (
             ("exact", lambda: exact(examples)),
@@ -95,7 +110,15 @@ class TimedTrainer(LGPTrainer):
             cell[name] = self.timed(name, work)
             model.zero_grad()
         self._lgp_engine = engine
+        rest = 1 - controls / examples
+        clocks = [(engine, "predict", 1.0), (engine, "_assemble", rest), (engine.path, "gradients", rest)]
+        if device.type == "cpu" and engine.path is not None:  # on a GPU the profile tells
+            for owner, name, share in clocks:
+                clocked(owner, name, share)
         cell["predicted"] = self.timed("predicted", predicted)
+        for owner, name, _ in clocks:
+            vars(owner or engine).pop(name, None)
+        cell["prediction"] = prediction
         self.times.append(cell)
         return result[0]
 
@@ -146,7 +169,9 @@ class ProfileLastCycle(TrainerCallback):
         return table
 
 
-def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_cpu: bool) -> dict[str, Any]:
+def measure(
+    vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_cpu: bool, **settings: Any
+) -> dict[str, Any]:
     """Time ``cycles`` cycles of basis moves and summarise them as ratios to the exact step."""
     model = build_vit(vit)
     with tempfile.TemporaryDirectory() as folder:
@@ -161,6 +186,7 @@ def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_
             save_strategy="no",
             logging_strategy="no",
             lgp_control_fraction=fraction,
+            **settings,
         )
         warmup = -(-args.lgp_warmup_examples // min(batch, args.lgp_observe_examples)) + 4
         args.max_steps = warmup + (cycles + 2) * args.lgp_basis_steps
@@ -172,7 +198,6 @@ def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_
         times = trainer.times[-cycles * args.lgp_basis_steps :]
         means = {name: statistics.fmean(cell[name] for cell in times) for name in times[0]}
         medians = {name: statistics.median(cell[name] for cell in times) for name in times[0]}
-        predicting = (parts["predict"]["host_ms"] + parts["path"]["host_ms"] * (1 - fraction)) / 1e3
         overhead = means["predicted"] - means["control"] - means["forward"]
         return {
             "vit": vit,
@@ -181,6 +206,10 @@ def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_
             "fraction": fraction,
             "bf16": bf16,
             "steps": len(times),
+            "class_path": args.lgp_class_path,
+            "observe_steps": args.lgp_observe_steps,
+            "refit_steps": args.lgp_refit_steps,
+            "basis_steps": args.lgp_basis_steps,
             "window": args.lgp_window,
             "rank": args.lgp_rank,
             "mean_seconds": means,
@@ -190,7 +219,8 @@ def measure(vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_
             "control_ratio": means["control"] / means["exact"],
             "forward_ratio": means["forward"] / means["exact"],
             "overhead_ratio": overhead / means["exact"],
-            "prediction_per_example": predicting / (1 - fraction) / means["exact"] if use_cpu else None,
+            # Prediction pass and the path of the prediction examples, its sum and the lift included.
+            "prediction_per_example": means["prediction"] / (1 - fraction) / means["exact"] if use_cpu else None,
             "parts": parts,
             "peak_mib_above_start": trainer.peaks,
             "environment": environment(trainer.args.device),
@@ -203,6 +233,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
     parser.add_argument("--cycles", type=int, default=4, help="cycles of basis moves to time, after one for warming up")
+    parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
+    parser.add_argument("--basis", type=int, default=LGPTrainingArguments.lgp_basis_steps)
+    parser.add_argument("--observe", type=int, default=LGPTrainingArguments.lgp_observe_steps)
+    parser.add_argument("--name", default="step_cost", help="first part of the result file's name")
     parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -211,7 +245,12 @@ def main() -> None:
     cells = []
     for vit in options.vit:
         for fraction in options.fraction:
-            cell = measure(vit, options.batch, fraction, options.cycles, not options.fp32, use_cpu)
+            settings = {
+                "lgp_class_path": not options.ridge_alone,
+                "lgp_basis_steps": options.basis,
+                "lgp_observe_steps": options.observe,
+            }
+            cell = measure(vit, options.batch, fraction, options.cycles, not options.fp32, use_cpu, **settings)
             print(
                 f"{vit} batch {options.batch} fraction {fraction}: step {cell['step_ratio']:.3f} of an exact step = control "
                 f"{cell['control_ratio']:.3f} + forward {cell['forward_ratio']:.3f} + overhead {cell['overhead_ratio']:.3f}; "
@@ -220,7 +259,7 @@ def main() -> None:
                 flush=True,
             )
             cells.append(cell)
-            write_json(options.output / f"step_cost_{'cpu' if use_cpu else 'cuda'}.json", {"cells": cells})
+            write_json(options.output / f"{options.name}_{'cpu' if use_cpu else 'cuda'}.json", {"cells": cells})
 
 
 if __name__ == "__main__":

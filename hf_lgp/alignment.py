@@ -35,7 +35,7 @@ class Alignment:
     def __init__(
         self,
         tensors: int,
-        decay: float = 0.9,
+        decay: float = 0.8,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -72,7 +72,7 @@ class Alignment:
         """
         fresh = torch.stack([error, total, kept, remainder]).to(self._energies)
         # Few batches are measured (when bases move), so the past counts for less than in the moments.
-        mixed = torch.lerp(fresh, self._energies, 0.7)
+        mixed = torch.lerp(fresh, self._energies, 0.5)
         self._energies = torch.where(fresh.isfinite().all(), mixed, self._energies)
 
     @property

@@ -70,13 +70,14 @@ class BlockRows:
 
     Attributes:
         entering: Class row entering the block, shape ``(m, D)``.
-        normalised: All rows after the norm without its affine map, shape ``(m, T, D)``, in the dtype of the computation.
+        others: The other rows after the norm without its affine map, shape ``(m, T - 1, D)``, in the dtype of the
+            computation.
         bias: Added to the class row's scores, shape ``(m, H or 1, T)``, or None.
         branches: Factors that dropout gave the class row of the two branches, shape ``(m, D)`` each, or None.
     """
 
     entering: Tensor
-    normalised: Tensor
+    others: Tensor
     bias: Tensor | None = None
     branches: tuple[Tensor, Tensor] | None = None
 
@@ -96,9 +97,9 @@ class ClassRow:
             self._forward()
 
     def _forward(self) -> None:
-        block, normalised = self.block, self.rows.normalised
-        dtype = normalised.dtype
-        examples, _, width = normalised.shape
+        block, others = self.block, self.rows.others
+        dtype = others.dtype
+        examples, _, width = others.shape
         heads = block.heads
 
         def weight(module: nn.Linear) -> Tensor:
@@ -116,7 +117,6 @@ class ClassRow:
         key, value = (weight(m).view(heads, -1, width) for m in (block.key, block.value))
         self.probe = torch.bmm(by_head.transpose(0, 1), key).transpose(0, 1) * block.scaling
         self.gained = self.probe * gain
-        others = normalised[:, 1:]
         self.scores = torch.cat([self.gained @ self.own[:, :, None], self.gained @ others.mT], dim=-1)
         scores = self.scores if self.rows.bias is None else self.scores + self.rows.bias.to(dtype)
         self.attention = scores.softmax(-1, dtype=torch.promote_types(torch.float32, dtype)).to(dtype)

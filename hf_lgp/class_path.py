@@ -53,7 +53,7 @@ class ClassPath:
         rules: The rules whose parameters' path gradients are wanted.
 
     Attributes:
-        finite: Whether the last walk stayed finite for every example, a bool scalar on the device.
+        finite: For which examples the last walk stayed finite, bool of shape ``(m,)`` on the device.
     """
 
     def __init__(self, backbone: Backbone, rules: list[Rule]) -> None:
@@ -63,7 +63,7 @@ class ClassPath:
         }
         self._by_parameter = {parameter: p for p, rule in enumerate(rules) for parameter in rule.parameters}
         self.shortcut = backbone.until_last is not None
-        self.finite: Tensor | bool = True
+        self.finite = torch.ones((), dtype=torch.bool)
         self._rows: slice | None = None
         self._chosen: Tensor | slice = slice(None)
         self._total = self._examples = 0
@@ -136,10 +136,10 @@ class ClassPath:
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
         normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, block.norm_before.eps)
-        self._keep("normalised", index, normalised, _compute_dtype(hidden))
+        self._keep("others", index, normalised[:, 1:], _compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], torch.promote_types(hidden.dtype, torch.float32))
         if index == 0:
-            self._keep("spread", 0, spread)
+            self._keep("spread", 0, spread[:, 1:])
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
 
@@ -222,7 +222,7 @@ class ClassPath:
         bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
         return BlockRows(
             self._kept["class", index][part],
-            self._kept["normalised", index][part],
+            self._kept["others", index][part],
             None if bias is None else bias[part],
             None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
         )
@@ -238,7 +238,8 @@ class ClassPath:
                 inputs the first ``D`` columns are the class row's.
 
         Returns:
-            One term per rule, None where the path does not reach it.
+            One term per rule, None where the path does not reach it. An example whose way is not finite somewhere has zeros:
+            a function of the example alone, so the estimate stays unbiased.
         """
         backbone = self.backbone
         width = backbone.blocks[0].norm_before.normalized_shape[0]
@@ -255,7 +256,7 @@ class ClassPath:
                 self._assign(terms, block_terms)
             assert others is not None
             self._embeddings(terms, delta, others)
-        return terms
+        return [None if term is None else term.only(self.finite) for term in terms]
 
     def _assign(self, terms: list[PathTerm | None], found: Mapping[nn.Module | Tensor, PathTerm]) -> None:
         for owner, term in found.items():
@@ -275,10 +276,9 @@ class ClassPath:
         return _norm_backward(delta * norm.weight, normalised, spread), term
 
     def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, others: Tensor) -> None:
-        normalised, spread = self._kept["normalised", 0], self._kept["spread", 0]
-        rest = _norm_backward(others, normalised[:, 1:], spread[:, 1:].to(others.dtype))
+        rest = _norm_backward(others, self._kept["others", 0], self._kept["spread", 0].to(others.dtype))
         # What is not finite anywhere on an example's way is not finite at its end.
-        self.finite = (delta.sum() + rest.sum(dtype=delta.dtype)).isfinite()
+        self.finite = (delta.sum(1) + rest.sum((1, 2), dtype=delta.dtype)).isfinite()
         backbone = self.backbone
         for row, token in enumerate(backbone.tokens):
             position = self._by_parameter.get(token)

@@ -1,6 +1,6 @@
-"""The controller: which control fraction now, when to refit, when to move the bases.
+"""The controller: which control fraction now, when to observe, when to refit, when to move the bases.
 
-It counts observed micro-batches and decides from counts alone, so it never waits for the device and every process of a
+It counts micro-batches and decides from counts alone, so it never waits for the device and every process of a
 distributed run takes the same branch.
 """
 
@@ -11,6 +11,9 @@ from .settings import LGPSettings
 _EAGER_BASIS_STEPS = 8
 """The first bases are random: they move at every one of so many micro-batches, until they point somewhere."""
 
+_MEASURING_STEPS = 4
+"""Predictions are compared with exact gradients at every so many micro-batches: coefficients change slowly."""
+
 
 class Controller:
     """Decisions of one training run.
@@ -19,25 +22,33 @@ class Controller:
         settings: The method's settings.
 
     Attributes:
-        observed: Micro-batches observed so far.
+        seen: Micro-batches so far.
     """
 
     def __init__(self, settings: LGPSettings) -> None:
         self.settings = settings
-        self.observed = 0
+        self.seen = 0
         self._since_fit = 0
 
     def fraction(self, ready: bool) -> float:
         """Control fraction of the next micro-batch: 1 until the predictor is ready."""
         return self.settings.control_fraction if ready else 1.0
 
+    def observes(self, ready: bool) -> bool:
+        """Whether the predictor takes examples from this micro-batch."""
+        return self.measures(ready) or self.seen % self.settings.observe_steps == 0
+
     @property
     def moves_bases(self) -> bool:
-        """Whether the micro-batch being observed contributes to the bases."""
-        return self.observed < _EAGER_BASIS_STEPS or self.observed % self.settings.basis_steps == 0
+        """Whether this micro-batch contributes to the bases."""
+        return self.seen < _EAGER_BASIS_STEPS or self.seen % self.settings.basis_steps == 0
+
+    def measures(self, ready: bool) -> bool:
+        """Whether to compare predictions with the the exact gradients of this micro-batch."""
+        return not ready or self.moves_bases or self.seen % _MEASURING_STEPS == 0
 
     def refit_due(self, remembered: int, fitted: bool, queue_full: bool) -> bool:
-        """Whether to refit after the micro-batch just observed.
+        """Whether to refit after this micro-batch.
 
         Args:
             remembered: Exact examples at hand.
@@ -49,8 +60,8 @@ class Controller:
         return queue_full or self._since_fit >= self.settings.refit_steps
 
     def advance(self) -> None:
-        """Count one observed micro-batch."""
-        self.observed += 1
+        """Count one micro-batch."""
+        self.seen += 1
         self._since_fit += 1
 
     def refitted(self) -> None:
@@ -59,8 +70,8 @@ class Controller:
 
     def state_dict(self) -> dict[str, int]:
         """Counters by name."""
-        return {"observed": self.observed, "since_fit": self._since_fit}
+        return {"seen": self.seen, "since_fit": self._since_fit}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore :meth:`state_dict`."""
-        self.observed, self._since_fit = state["observed"], state["since_fit"]
+        self.seen, self._since_fit = state["seen"], state["since_fit"]

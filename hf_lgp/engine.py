@@ -20,6 +20,7 @@ from .estimator import control_size
 from .families import find_backbone
 from .injection import Splice, splice_head
 from .observer import MEASURED_EXAMPLES, Observation, Observer
+from .path_terms import PathTerm
 from .predictor import GradientPredictor
 from .rules import coverage, trunk_rules
 from .settings import LGPSettings
@@ -71,7 +72,7 @@ class LGPEngine:
             ),
             kernel=settings.kernel,
             ridge=settings.ridge,
-            memory=settings.memory_steps,
+            memory=settings.memory_steps / settings.observe_steps,
             device=device,
             dtype=dtype,
         )
@@ -246,6 +247,10 @@ class LGPEngine:
 
     # -- what happens inside a step --------------------------------------------------------------------------------------
 
+    @property
+    def _measured(self) -> int:
+        return MEASURED_EXAMPLES if self.controller.measures(self.predictor.ready) else 0
+
     @contextmanager
     def _armed(self) -> Iterator[None]:
         try:
@@ -281,8 +286,8 @@ class LGPEngine:
         pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
         observation.pullbacks = pullbacks / self.observer.unit
         self.observer.follow_path(observation.pullbacks)
-        if self.predictor.regression.fitted:
-            few = slice(0, MEASURED_EXAMPLES)
+        if self.predictor.regression.fitted and self._measured:
+            few = slice(0, self._measured)
             rows = self.predictor.kernel_rows(observation.features[few], observation.pullbacks[few])
             observation.predicted = self.predictor.predict(rows)
 
@@ -297,10 +302,11 @@ class LGPEngine:
         rows = predictor.kernel_rows(features, pullbacks)
         control = rows[: observation.controls]
         difference = rows.sum(0, keepdim=True) - observation.weight * control.sum(0, keepdim=True)
-        predicted = predictor.predict(torch.cat([difference, control[observation.chosen][:MEASURED_EXAMPLES]]))
+        measured = control[observation.chosen][: self._measured]
+        predicted = predictor.predict(torch.cat([difference, measured]))
         observation.features = features[: observation.controls][observation.chosen]
         observation.pullbacks = pullbacks[: observation.controls][observation.chosen]
-        observation.predicted = predicted[1:]
+        observation.predicted = predicted[1:] if len(measured) else None
         path_alpha, ridge_alpha = predictor.alignment.coefficients
         correction = predicted[0] * predictor.subspace.per_coordinate(ridge_alpha) * unit
         # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
@@ -309,18 +315,23 @@ class LGPEngine:
         weights = torch.ones_like(pullbacks[:, 0])
         weights[: observation.controls] -= observation.weight
         weights = weights * (path_alpha[:, None] * unit)
-        if self.path is not None:
-            finite = finite & self.path.finite
-        self._nonfinite += ~finite
+        self._nonfinite += ~finite if self.path is None else ~(finite & self.path.finite.all())
         correction = torch.where(finite, correction, torch.zeros_like(correction))
-        with record_function("hf_lgp.lift"):
-            matrices = predictor.subspace.lift(correction)
+        return self._assemble(correction, terms, weights)
+
+    @record_function("hf_lgp.lift")
+    def _assemble(
+        self, correction: Tensor, terms: list[PathTerm | None] | None, weights: Tensor
+    ) -> list[Tensor | None]:
+        """Parameter gradients from the regression's coordinates and the path's weighted terms."""
         gradients: list[Tensor | None] = []
-        for position, (rule, matrix) in enumerate(zip(self.rules, matrices, strict=True)):
-            own = rule.gradients(matrix)
-            if terms is not None and (term := terms[position]) is not None:
-                with record_function("hf_lgp.path_total"):
-                    for gradient, along in zip(own, term.total(weights[position]), strict=True):
-                        gradient.add_(along.masked_fill_(~finite, 0.0).view(gradient.shape))
-            gradients.extend(g.to(p.dtype) for g, p in zip(own, rule.parameters, strict=True))
+        for position, (rule, lifted) in enumerate(
+            zip(self.rules, self.predictor.subspace.lift_factors(correction), strict=True)
+        ):
+            term = None if terms is None else terms[position]
+            if term is not None:
+                own = term.total(weights[position], lifted)
+            else:
+                own = rule.gradients(lifted[0] @ lifted[1].T)
+            gradients.extend(g.reshape(p.shape).to(p.dtype) for g, p in zip(own, rule.parameters, strict=True))
         return gradients

@@ -41,13 +41,10 @@ class Factors:
         """Number ``b`` of examples."""
         return self.right.shape[0]
 
-    def take(self, examples: int, scale: Tensor | float = 1.0) -> Factors:
-        """The first examples' gradients, times ``scale``, in float32 or wider."""
-        if self.left is not None and self.left.is_floating_point():
-            return Factors(_wide(self.left[:examples]) * scale, _wide(self.right[:examples]), self.rows, self.ones)
-        left = None if self.left is None else self.left[:examples]
-        right = _wide(_with_ones(self.right[:examples]) if self.ones else self.right[:examples])
-        return Factors(left, right * scale, self.rows)
+    def take(self, examples: int) -> Factors:
+        """The first examples' gradients; float16 is widened, since products of gradients leave its range."""
+        left = None if self.left is None else _without_half(self.left[:examples])
+        return Factors(left, _without_half(self.right[:examples]), self.rows, self.ones)
 
     def _left_times(self, matrix: Tensor) -> Tensor:
         """``L_i M`` for ``M`` of shape ``(rows, k)``: shape ``(b, T, k)``."""
@@ -111,14 +108,17 @@ class Factors:
     def minus(self, other: Factors, scale: Tensor | float) -> Factors:
         """Gradients ``G_i - scale * G'_i`` of the same examples."""
         mine, theirs = self.left, other.left
-        right, subtracted = (_with_ones(f.right) if f.ones else f.right for f in (self, other))
+        ones = self.ones and other.ones
+        right, subtracted = (_with_ones(f.right) if f.ones and not ones else f.right for f in (self, other))
         subtracted = subtracted.to(right.dtype)
         if mine is None and theirs is None:
+            if ones:
+                raise ValueError("The identity has no bias column.")
             return Factors(None, right - scale * subtracted, self.rows)
         if mine is None or theirs is None or not mine.is_floating_point() or not theirs.is_floating_point():
             raise ValueError("Only factors of one kind can be subtracted.")
         left = torch.cat([mine, -scale * theirs.to(mine.dtype)], dim=1)
-        return Factors(left, torch.cat([right, subtracted], dim=1), self.rows)
+        return Factors(left, torch.cat([right, subtracted], dim=1), self.rows, ones)
 
     def moment_products(self, left_basis: Tensor, right_basis: Tensor) -> tuple[Tensor, Tensor]:
         """Centred second moments applied to the bases: one power step of orthogonal iteration on either side.
@@ -156,6 +156,5 @@ def _with_ones(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: sums of squares in half precision lose too much."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+def _without_half(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor

@@ -95,7 +95,7 @@ class Observer:
         like = predictor.subspace.bases(0)[0]
         self._coordinates = like.new_zeros(settings.observe_examples, predictor.subspace.size)
         self._path_coordinates = torch.zeros_like(self._coordinates)
-        self._energies = like.new_zeros(4, len(rules))
+        self._energies = like.new_zeros(3, len(rules))
         self._moving = False
 
     @property
@@ -106,10 +106,19 @@ class Observer:
             return 1.0 / self.current.examples
         return self.loss_scale.to(self._coordinates.dtype) / self.current.examples
 
+    @property
+    def watching(self) -> bool:
+        """Whether the predictor takes examples from this micro-batch."""
+        return self.controller.observes(self.predictor.ready)
+
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Capture the coordinates of :attr:`current` during the forward and backward inside."""
+        """Capture the coordinates of :attr:`current` during the forward and backward inside, if it is to be learnt from."""
         assert self.current is not None
+        if not self.watching:
+            self._moving = False
+            yield
+            return
         chosen = self.current.chosen
         count = self.current.controls if isinstance(chosen, slice) else len(chosen)
         count = min(count, self.settings.observe_examples)
@@ -134,6 +143,8 @@ class Observer:
         assert observation.features is not None
         with record_function("hf_lgp.path"):
             observation.path = self.path.gradients(pullbacks)
+        if not self.watching:
+            return observation.path
         with record_function("hf_lgp.path_coordinates"):
             observation.path_coordinates = self._coordinates_of(observation.path, len(observation.features))
         return observation.path
@@ -150,25 +161,11 @@ class Observer:
     def learn(self) -> None:
         """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
         observation = self.current
-        if observation is None or observation.features is None or observation.pullbacks is None:
-            self.current = self.loss_scale = None
+        if observation is None:
             return
-        coordinates = self._coordinates[: len(observation.features)] / (self.unit * observation.weight)
+        if self.watching and observation.features is not None and observation.pullbacks is not None:
+            self._take(observation, observation.features, observation.pullbacks)
         self.current = self.loss_scale = None
-        alignment, path = self.predictor.alignment, observation.path_coordinates
-        with record_function("hf_lgp.observe"):
-            targets = coordinates
-            if path is not None:
-                targets = coordinates - self.predictor.subspace.per_coordinate(alignment.beta) * path
-            self.predictor.observe(observation.features, observation.pullbacks, targets)
-            if observation.predicted is not None:
-                few = slice(0, len(observation.predicted))
-                self.predictor.measure(coordinates[few], None if path is None else path[few], observation.predicted)
-        if self._moving:
-            with record_function("hf_lgp.move_bases"):
-                if observation.predicted is not None:
-                    alignment.update_energies(*self._energies)
-                self.predictor.move_bases()
         self.controller.advance()
         queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
         if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
@@ -176,39 +173,59 @@ class Observer:
                 self.predictor.refit()
             self.controller.refitted()
 
+    def _take(self, observation: Observation, features: Tensor, pullbacks: Tensor) -> None:
+        coordinates = self._coordinates[: len(features)] / (self.unit * observation.weight)
+        alignment, path = self.predictor.alignment, observation.path_coordinates
+        with record_function("hf_lgp.observe"):
+            targets = coordinates
+            if path is not None:
+                targets = coordinates - self.predictor.subspace.per_coordinate(alignment.beta) * path
+            self.predictor.observe(features, pullbacks, targets)
+            if observation.predicted is not None:
+                few = slice(0, len(observation.predicted))
+                self.predictor.measure(coordinates[few], None if path is None else path[few], observation.predicted)
+        if self._moving:
+            with record_function("hf_lgp.move_bases"):
+                if observation.predicted is not None:
+                    few = slice(0, min(_BASIS_EXAMPLES, len(observation.predicted)))
+                    kept = (targets[few] - targets[few].mean(0)).square().sum(0)
+                    error, total, rest = self._energies
+                    alignment.update_energies(error, total, self.predictor.subspace.per_tensor_sums(kept), rest)
+                self.predictor.move_bases()
+
     def _use_for_bases(self, position: int, factors: Factors) -> None:
         """Take the power step on what the path leaves over, and compare whole gradients with predictions."""
         observation, predictor = self.current, self.predictor
         assert observation is not None
-        few = factors.take(_BASIS_EXAMPLES, 1.0 / (self.unit * observation.weight))
+        few = factors.take(_BASIS_EXAMPLES)
         remainder, along = few, None
         term = None if observation.path is None else observation.path[position]
         if term is not None:
-            along = term.factors(slice(0, few.examples)).take(few.examples)
-            remainder = few.minus(along, predictor.alignment.beta[position])
+            along = term.factors(slice(0, few.examples))
+            # In the units of this backward pass: a common factor of all examples does not change the bases.
+            remainder = few.minus(along, predictor.alignment.beta[position] * self.unit * observation.weight)
         if observation.predicted is not None:
-            self._weigh(position, few, along, remainder)
+            self._weigh(position, few, along)
         predictor.subspace.accumulate(position, remainder)
 
-    def _weigh(self, position: int, exact: Factors, along: Factors | None, remainder: Factors) -> None:
+    def _weigh(self, position: int, exact: Factors, along: Factors | None) -> None:
         """Energies of whole gradients and of what predictions leave unexplained, from random sketches."""
         observation, alignment, subspace = self.current, self.predictor.alignment, self.predictor.subspace
         assert observation is not None and observation.predicted is not None
         generator = torch.Generator(self.device)
-        generator.manual_seed(private_seed(self.settings.seed, self.controller.observed, position))
+        generator.manual_seed(private_seed(self.settings.seed, self.controller.seen, position))
         left, right = subspace.bases(position)
         vectors = torch.randn(exact.cols, _SKETCHES, generator=generator, device=self.device, dtype=left.dtype)
         vectors *= _SKETCHES**-0.5
         count = min(exact.examples, len(observation.predicted))
         coordinates = subspace.blocks(position, observation.predicted[:count])
         path, ridge = (coefficients[position] for coefficients in alignment.coefficients)
-        total = exact.sketch(vectors)[:count]
+        total = exact.sketch(vectors)[:count] / (self.unit * observation.weight)
         error = total - ridge * (left @ coordinates @ (right.T @ vectors))
         rest = total
         if along is not None:
             parallel = along.sketch(vectors)[:count]
             error = error - path * parallel
             rest = total - alignment.beta[position] * parallel
-        kept = subspace.project(position, remainder)[:count]
-        for row, values in enumerate((error, total, kept, rest)):
+        for row, values in enumerate((error, total, rest)):
             self._energies[row, position] = (values - values.mean(0)).square().sum()

@@ -8,28 +8,39 @@ parameters' gradients summed over examples (what enters a training step), and pe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .factors import Factors
 
+Lifted = tuple[Tensor, Tensor]
+"""A gradient matrix ``L R^T`` by its two factors, shapes ``(rows, k)`` and ``(cols, k)``."""
+
 
 class PathTerm(ABC):
     """Per-example gradients of the parameters of one :class:`~hf_lgp.rules.Rule`."""
 
     @abstractmethod
-    def total(self, weights: Tensor) -> list[Tensor]:
-        """``sum_i weights_i g_i`` of every parameter of the rule.
+    def total(self, weights: Tensor, lifted: Lifted | None = None) -> list[Tensor]:
+        """``sum_i weights_i g_i`` of every parameter of the rule, plus a factored gradient matrix.
 
         Args:
             weights: One factor per example, shape ``(m,)``.
+            lifted: ``(L, R)``, shapes ``(rows, k)`` and ``(cols, k)``, standing for the gradient matrix ``L R^T`` of the rule.
         """
 
     @abstractmethod
     def factors(self, examples: slice) -> Factors:
         """The same gradients example by example, as the rule's gradient matrix."""
+
+    @abstractmethod
+    def only(self, finite: Tensor) -> PathTerm:
+        """The same with zero output gradients, whatever stood there, for the examples outside of ``finite``, bool ``(m,)``.
+
+        Inputs are left alone: where they are not finite, nor are the logits and the loss.
+        """
 
 
 @dataclass(frozen=True)
@@ -40,13 +51,22 @@ class RowTerm(PathTerm):
     right: Tensor
     biased: bool
 
-    def total(self, weights: Tensor) -> list[Tensor]:  # noqa: D102
-        left = (self.left * _column(weights, self.left)).flatten(0, 1)
-        gradient = left.T @ self.right.flatten(0, 1)
-        return [gradient, left.sum(0)] if self.biased else [gradient]
+    def total(self, weights: Tensor, lifted: Lifted | None = None) -> list[Tensor]:  # noqa: D102
+        left, right = (self.left * _column(weights, self.left)).flatten(0, 1), self.right.flatten(0, 1)
+        bias = left.sum(0) if self.biased else None
+        if lifted is not None:
+            # One product for both parts: the lift is k more rows.
+            over, under = (side.to(left.dtype) for side in lifted)
+            left, right = torch.cat([left, over.T]), torch.cat([right, under[: right.shape[1]].T])
+            bias = None if bias is None else bias + over @ under[-1]
+        gradient = left.T @ right
+        return [gradient] if bias is None else [gradient, bias]
 
     def factors(self, examples: slice) -> Factors:  # noqa: D102
         return Factors(self.left[examples], self.right[examples], self.left.shape[-1], ones=self.biased)
+
+    def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
+        return replace(self, left=_only(self.left, finite))
 
 
 @dataclass(frozen=True)
@@ -62,12 +82,18 @@ class HeadsTerm(PathTerm):
     biased: bool
     bias_is_zero: bool
 
-    def total(self, weights: Tensor) -> list[Tensor]:  # noqa: D102
-        left = self.left * _column(weights, self.left)
-        gradient = torch.bmm(left.permute(1, 2, 0), self.right.transpose(0, 1)).flatten(0, 1)
-        if not self.biased:
-            return [gradient]
-        return [gradient, torch.zeros_like(gradient[:, 0]) if self.bias_is_zero else left.sum(0).flatten()]
+    def total(self, weights: Tensor, lifted: Lifted | None = None) -> list[Tensor]:  # noqa: D102
+        left, right = self.left * _column(weights, self.left), self.right
+        bias = None
+        if self.biased:
+            bias = left.new_zeros(left[0].numel()) if self.bias_is_zero else left.sum(0).flatten()
+        if lifted is not None:
+            over, under = (side.to(left.dtype) for side in lifted)
+            below = under[: right.shape[-1]].T[:, None].expand(-1, right.shape[1], -1)
+            left, right = torch.cat([left, over.T.unflatten(1, left.shape[1:])]), torch.cat([right, below])
+            bias = None if bias is None else bias + over @ under[-1]
+        gradient = torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).flatten(0, 1)
+        return [gradient] if bias is None else [gradient, bias]
 
     def factors(self, examples: slice) -> Factors:  # noqa: D102
         left, right = self.left[examples], self.right[examples]
@@ -78,6 +104,9 @@ class HeadsTerm(PathTerm):
             right = torch.cat([right, right.new_zeros(*right.shape[:-1], 1)], dim=-1)
         return Factors(rows, right, heads * size, ones=self.biased and not self.bias_is_zero)
 
+    def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
+        return replace(self, left=_only(self.left, finite))
+
 
 @dataclass(frozen=True)
 class DenseTerm(PathTerm):
@@ -86,14 +115,23 @@ class DenseTerm(PathTerm):
     gradients: Tensor
     shapes: tuple[torch.Size, ...]
 
-    def total(self, weights: Tensor) -> list[Tensor]:  # noqa: D102
+    def total(self, weights: Tensor, lifted: Lifted | None = None) -> list[Tensor]:  # noqa: D102
         summed = (weights.to(self.gradients.dtype) @ self.gradients.flatten(1)).view(self.gradients.shape[1:])
+        if lifted is not None:
+            summed = torch.addmm(summed.to(lifted[0].dtype), lifted[0], lifted[1].T)
         if len(self.shapes) == 1:
             return [summed.reshape(self.shapes[0])]
         return [row.reshape(shape) for row, shape in zip(summed, self.shapes, strict=True)]
 
     def factors(self, examples: slice) -> Factors:  # noqa: D102
         return Factors(None, self.gradients[examples], self.gradients.shape[1])
+
+    def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
+        return replace(self, gradients=_only(self.gradients, finite))
+
+
+def _only(rows: Tensor, finite: Tensor) -> Tensor:
+    return torch.where(finite.view(-1, *[1] * (rows.dim() - 1)), rows, rows.new_zeros(()))
 
 
 def _column(weights: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class LGPSettings:
         memory_steps: Micro-batches after which an exact example's say in predictions has faded to 1/e.
         warmup_examples: Exact examples to gather before the first prediction; the steps until then are exact.
         observe_examples: Largest number of exact examples observed per micro-batch.
+        observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts.
         refit_steps: Micro-batches between two fits of the regression.
         basis_steps: Micro-batches between two moves of the bases.
         class_path: Whether to use the class-token path where the model has one.
@@ -38,8 +39,9 @@ class LGPSettings:
     memory_steps: int = 256
     warmup_examples: int = 512
     observe_examples: int = 64
+    observe_steps: int = 2
     refit_steps: int = 4
-    basis_steps: int = 8
+    basis_steps: int = 16
     class_path: bool = True
     seed: int = 0
     head: str = ""
@@ -49,7 +51,15 @@ class LGPSettings:
             raise ValueError(
                 f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training."
             )
-        for name in ("window", "rank", "memory_steps", "warmup_examples", "refit_steps", "basis_steps"):
+        for name in (
+            "window",
+            "rank",
+            "memory_steps",
+            "warmup_examples",
+            "observe_steps",
+            "refit_steps",
+            "basis_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
         if self.observe_examples < 2:

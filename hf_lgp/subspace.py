@@ -179,11 +179,15 @@ class Subspace:
         Args:
             coordinates: Flat coordinates of one gradient, shape ``(P,)``.
         """
-        lifted = []
-        for group in self._groups:
-            blocks = group.unflatten(coordinates[None])[0]
-            lifted.append((group.left @ blocks) @ group.right.mT)
-        return [lifted[segment.group][segment.index] for segment in self.segments]
+        return [left @ right.T for left, right in self.lift_factors(coordinates)]
+
+    def lift_factors(self, coordinates: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The same as factors ``(A C, B)``, shapes ``(rows, k_b)`` and ``(cols, k_b)``."""
+        lifted = [group.left @ group.unflatten(coordinates[None])[0] for group in self._groups]
+        return [
+            (lifted[segment.group][segment.index], self._groups[segment.group].right[segment.index])
+            for segment in self.segments
+        ]
 
     def per_tensor_sums(self, values: Tensor) -> Tensor:
         """Sum flat coordinates within each tensor: ``(P,)`` to ``(L,)``, in the order of ``shapes``."""

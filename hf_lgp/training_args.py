@@ -50,9 +50,12 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_observe_examples: int = field(
         default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}
     )
+    lgp_observe_steps: int = field(
+        default=2, metadata={"help": "Micro-batches between two that the predictor takes exact examples from."}
+    )
     lgp_refit_steps: int = field(default=4, metadata={"help": "Micro-batches between two fits of the predictor."})
     lgp_basis_steps: int = field(
-        default=8, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
+        default=16, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
     )
     lgp_class_path: bool = field(
         default=True,

@@ -119,7 +119,7 @@ def compare(
     own.disarm()
     losses, pullbacks = (torch.cat([results[start][k] for start in sorted(results)]) for k in range(2))
     terms, weights = own.gradients(pullbacks), torch.rand(EXAMPLES, dtype=torch.float64) - 0.3
-    assert bool(own.finite)
+    assert bool(own.finite.all())
     for example in range(EXAMPLES):
         expected = autograd_gradients(own.rules, losses[example])
         assert_same(own.rules, path_gradients(own.rules, terms, example), expected, tolerance)
@@ -321,7 +321,7 @@ def test_an_example_that_is_not_finite_is_noticed(family: str) -> None:
     for data, finite in ((batch(), True), (spoilt, False), (batch(), True)):
         note(path, model, data)
         totals(path)
-        assert bool(path.finite) is finite
+        assert bool(path.finite.all()) is finite
 
 
 def hooks_of(model: nn.Module) -> int:
