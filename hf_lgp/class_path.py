@@ -70,6 +70,7 @@ class ClassPath:
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._fresh: set[tuple[str, int]] = set()
         self._branch_calls: dict[nn.Module, int] = {}
+        self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
         self._handles = []
         for index, block in enumerate(backbone.blocks):
             module = block.module
@@ -135,13 +136,32 @@ class ClassPath:
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
-        normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, block.norm_before.eps)
+        normalised, spread = self._normalise(hidden, block.norm_before.eps)
         self._keep("others", index, normalised[:, 1:], _compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], torch.promote_types(hidden.dtype, torch.float32))
         if index == 0:
             self._keep("spread", 0, spread[:, 1:])
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
+
+    def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
+        if hidden.dtype in (torch.float16, torch.bfloat16):  # statistics come in a dtype of the kernel's choosing
+            normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
+            return normalised, spread
+        scratch = self._scratch
+        if (
+            scratch is None
+            or scratch[0].shape != hidden.shape
+            or scratch[0].dtype != hidden.dtype
+            or scratch[0].device != hidden.device
+        ):
+            rows = hidden.new_empty(*hidden.shape[:-1], 1)
+            scratch = self._scratch = (torch.empty_like(hidden), rows, rows.clone())
+        torch.ops.aten.native_layer_norm.out(
+            hidden, hidden.shape[-1:], None, None, eps, out0=scratch[0], out1=scratch[1], out2=scratch[2]
+        )
+        return scratch[0], scratch[2]
 
     def _attending(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)

@@ -26,7 +26,7 @@ def test_bases_move_eagerly_and_then_at_intervals(basis_steps: int) -> None:
             moved.append(step)
         decisions.advance()
     assert moved == sorted({*range(8), *range(0, 100, basis_steps)})
-    assert decisions.observed == 100
+    assert decisions.seen == 100
 
 
 def test_the_first_fit_waits_for_the_warmup() -> None:
@@ -46,7 +46,7 @@ def test_refits_come_every_few_steps() -> None:
             decisions.refitted()
             due.append(step)
     assert due == [3, 6, 9]
-    assert decisions.observed == 9
+    assert decisions.seen == 9
 
 
 def test_a_full_queue_brings_the_refit_forward() -> None:
@@ -62,8 +62,23 @@ def test_state_is_restored() -> None:
     decisions.refitted()
     decisions.advance()
     restored.load_state_dict(decisions.state_dict())
-    assert restored.state_dict() == decisions.state_dict() == {"observed": 12, "since_fit": 1}
+    assert restored.state_dict() == decisions.state_dict() == {"seen": 12, "since_fit": 1}
     for _ in range(2):
         assert not restored.refit_due(remembered=64, fitted=True, queue_full=False)
         restored.advance()
     assert restored.refit_due(remembered=64, fitted=True, queue_full=False)
+
+
+def test_examples_are_taken_at_some_micro_batches_once_predictions_are_made() -> None:
+    decisions = controller(observe_steps=3, basis_steps=20)
+    taken, measured = [], []
+    for step in range(60):
+        assert decisions.observes(ready=False) and decisions.measures(ready=False)
+        if decisions.observes(ready=True):
+            taken.append(step)
+        if decisions.measures(ready=True):
+            measured.append(step)
+        decisions.advance()
+    assert set(measured) <= set(taken), "what is measured has to be observed"
+    assert measured == sorted({*range(8), *range(0, 60, 4), *range(0, 60, 20)})
+    assert taken == sorted({*measured, *range(0, 60, 3)})
