@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
     parser.add_argument("--basis", type=int, default=LGPTrainingArguments.lgp_basis_steps)
     parser.add_argument("--observe", type=int, default=LGPTrainingArguments.lgp_observe_steps)
+    parser.add_argument("--refit", type=int, default=LGPTrainingArguments.lgp_refit_steps)
     parser.add_argument("--name", default="step_cost", help="first part of the result file's name")
     parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
@@ -249,6 +250,7 @@ def main() -> None:
                 "lgp_class_path": not options.ridge_alone,
                 "lgp_basis_steps": options.basis,
                 "lgp_observe_steps": options.observe,
+                "lgp_refit_steps": options.refit,
             }
             cell = measure(vit, options.batch, fraction, options.cycles, not options.fp32, use_cpu, **settings)
             print(

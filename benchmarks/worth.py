@@ -109,7 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--vit", choices=list(VITS), default="cifar-0.8m")
     parser.add_argument("--steps", type=int, default=720)
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 96, 64, 32], help="of plain training")
+    parser.add_argument("--batches", type=int, nargs="+", default=[96, 128, 64, 32], help="of plain training")
     parser.add_argument("--fraction", type=float, default=0.25)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -121,11 +121,9 @@ def main() -> None:
     cells: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if path.is_file() else []
     data = Augmented(*load_cifar(options.data, "train"))
     test = load_cifar(options.data, "test")
-    wanted = [
-        (batch, fraction, seed)
-        for seed in options.seeds
-        for batch, fraction in [(max(options.batches), options.fraction), *((batch, 1.0) for batch in options.batches)]
-    ]
+    kinds = [(max(options.batches), options.fraction), *((batch, 1.0) for batch in options.batches)]
+    # The two kinds of run that are compared come first, for all seeds.
+    wanted = [(*kind, seed) for part in (kinds[:2], kinds[2:]) for seed in options.seeds for kind in part]
     settings = {
         k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("data", "output")
     }

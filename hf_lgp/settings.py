@@ -40,7 +40,7 @@ class LGPSettings:
     warmup_examples: int = 512
     observe_examples: int = 64
     observe_steps: int = 2
-    refit_steps: int = 4
+    refit_steps: int = 8
     basis_steps: int = 16
     class_path: bool = True
     seed: int = 0

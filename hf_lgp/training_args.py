@@ -53,7 +53,7 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_observe_steps: int = field(
         default=2, metadata={"help": "Micro-batches between two that the predictor takes exact examples from."}
     )
-    lgp_refit_steps: int = field(default=4, metadata={"help": "Micro-batches between two fits of the predictor."})
+    lgp_refit_steps: int = field(default=8, metadata={"help": "Micro-batches between two fits of the predictor."})
     lgp_basis_steps: int = field(
         default=16, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
     )
