@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             lgp_observe_steps=options.observe,
             lgp_class_path=not options.ridge_alone,
         )
-        recorder = Recorder(options.every, options.steps - options.basis)
+        recorder = Recorder(options.every, options.steps - 16)
         trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=[recorder])
         recorder.trainer = trainer
         trainer.train()
@@ -206,9 +206,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--kernel", choices=["linear", "rbf"], default="rbf")
     parser.add_argument("--ridge", type=float, default=LGPTrainingArguments.lgp_ridge)
-    parser.add_argument("--refit", type=int, default=LGPTrainingArguments.lgp_refit_steps)
-    parser.add_argument("--basis", type=int, default=LGPTrainingArguments.lgp_basis_steps)
-    parser.add_argument("--observe", type=int, default=LGPTrainingArguments.lgp_observe_steps)
+    parser.add_argument("--refit", type=int, default=0, help="0 for the default")
+    parser.add_argument("--basis", type=int, default=0, help="0 for the default")
+    parser.add_argument("--observe", type=int, default=0, help="0 for the default")
     parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
     parser.add_argument("--every", type=int, default=10, help="steps between two records")
     parser.add_argument("--seed", type=int, default=0)

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Trainer, TrainerCallback
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp.settings import LGPSettings
 
 PARTS = (
     "predict",
@@ -189,13 +190,14 @@ def measure(
             **settings,
         )
         warmup = -(-args.lgp_warmup_examples // min(batch, args.lgp_observe_examples)) + 4
-        args.max_steps = warmup + (cycles + 2) * args.lgp_basis_steps
-        last = ProfileLastCycle(args.max_steps - args.lgp_basis_steps)
+        chosen = LGPSettings.from_arguments(args).resolved(args.lgp_class_path)
+        args.max_steps = warmup + (cycles + 2) * chosen.basis_steps
+        last = ProfileLastCycle(args.max_steps - chosen.basis_steps)
         data = RandomImages(VITS[vit]["image_size"])
         trainer = last.trainer = TimedTrainer(model, args, train_dataset=data, callbacks=[last])
         trainer.train()
-        parts = last.parts(args.lgp_basis_steps)
-        times = trainer.times[-cycles * args.lgp_basis_steps :]
+        parts = last.parts(chosen.basis_steps)
+        times = trainer.times[-cycles * chosen.basis_steps :]
         means = {name: statistics.fmean(cell[name] for cell in times) for name in times[0]}
         medians = {name: statistics.median(cell[name] for cell in times) for name in times[0]}
         overhead = means["predicted"] - means["control"] - means["forward"]
@@ -207,9 +209,9 @@ def measure(
             "bf16": bf16,
             "steps": len(times),
             "class_path": args.lgp_class_path,
-            "observe_steps": args.lgp_observe_steps,
-            "refit_steps": args.lgp_refit_steps,
-            "basis_steps": args.lgp_basis_steps,
+            "observe_steps": chosen.observe_steps,
+            "refit_steps": chosen.refit_steps,
+            "basis_steps": chosen.basis_steps,
             "window": args.lgp_window,
             "rank": args.lgp_rank,
             "mean_seconds": means,
@@ -234,9 +236,9 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
     parser.add_argument("--cycles", type=int, default=4, help="cycles of basis moves to time, after one for warming up")
     parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
-    parser.add_argument("--basis", type=int, default=LGPTrainingArguments.lgp_basis_steps)
-    parser.add_argument("--observe", type=int, default=LGPTrainingArguments.lgp_observe_steps)
-    parser.add_argument("--refit", type=int, default=LGPTrainingArguments.lgp_refit_steps)
+    parser.add_argument("--basis", type=int, default=0, help="0 for the default")
+    parser.add_argument("--observe", type=int, default=0, help="0 for the default")
+    parser.add_argument("--refit", type=int, default=0, help="0 for the default")
     parser.add_argument("--name", default="step_cost", help="first part of the result file's name")
     parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")

@@ -50,13 +50,16 @@ class LGPEngine:
     """
 
     def __init__(self, model: nn.Module, head: nn.Linear, settings: LGPSettings, device: torch.device) -> None:
-        self.head, self.settings, self.device = head, settings, device
+        self.head, self.device, self._given = head, device, settings
         self.rules = trunk_rules(model, head)
         if not self.rules:
             raise ValueError(
                 "No parameter of the trunk has a prediction rule (is everything but the head frozen?): "
                 "use `lgp_control_fraction=1`, or unfreeze some layers."
             )
+        backbone = find_backbone(model) if settings.class_path else None
+        self.path = None if backbone is None else ClassPath(backbone, self.rules)
+        self.settings = settings = settings.resolved(self.path is not None)
         self.coverage = coverage(self.rules, model, head)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
         shapes = [(rule.rows, rule.cols) for rule in self.rules]
@@ -68,7 +71,8 @@ class LGPEngine:
             settings.window,
             # Room for what comes in between two fits, and for what the first fit waits for.
             queue=max(
-                settings.observe_examples * settings.refit_steps, settings.warmup_examples + settings.observe_examples
+                settings.observe_examples * -(-settings.refit_steps // settings.observe_steps),
+                settings.warmup_examples + settings.observe_examples,
             ),
             kernel=settings.kernel,
             ridge=settings.ridge,
@@ -77,8 +81,6 @@ class LGPEngine:
             dtype=dtype,
         )
         self.controller = Controller(settings)
-        backbone = find_backbone(model) if settings.class_path else None
-        self.path = None if backbone is None else ClassPath(backbone, self.rules)
         self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, device)
         self._parameters = [parameter for rule in self.rules for parameter in rule.parameters]
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
@@ -170,6 +172,8 @@ class LGPEngine:
         if not agrees:
             self.path.close()
             self.path = self.observer.path = None
+            settings = self._given.resolved(on_path=False)
+            self.settings = self.controller.settings = self.observer.settings = settings
         return agrees
 
     @contextmanager

@@ -108,12 +108,11 @@ class Factors:
     def minus(self, other: Factors, scale: Tensor | float) -> Factors:
         """Gradients ``G_i - scale * G'_i`` of the same examples."""
         mine, theirs = self.left, other.left
-        ones = self.ones and other.ones
+        # The bias column stays implicit where both sides have one and rows are only appended.
+        ones = self.ones and other.ones and mine is not None
         right, subtracted = (_with_ones(f.right) if f.ones and not ones else f.right for f in (self, other))
         subtracted = subtracted.to(right.dtype)
         if mine is None and theirs is None:
-            if ones:
-                raise ValueError("The identity has no bias column.")
             return Factors(None, right - scale * subtracted, self.rows)
         if mine is None or theirs is None or not mine.is_floating_point() or not theirs.is_floating_point():
             raise ValueError("Only factors of one kind can be subtracted.")

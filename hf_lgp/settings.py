@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .regression import KERNELS, Kernel
 
@@ -20,9 +20,10 @@ class LGPSettings:
         memory_steps: Micro-batches after which an exact example's say in predictions has faded to 1/e.
         warmup_examples: Exact examples to gather before the first prediction; the steps until then are exact.
         observe_examples: Largest number of exact examples observed per micro-batch.
-        observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts.
-        refit_steps: Micro-batches between two fits of the regression.
-        basis_steps: Micro-batches between two moves of the bases.
+        observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts; 0 to choose:
+            2 where the class path does most of the work, 1 where the regression is alone.
+        refit_steps: Micro-batches between two fits of the regression; 0 to choose: 8 with the class path, 4 without.
+        basis_steps: Micro-batches between two moves of the bases; 0 to choose: 16 with the class path, 8 without.
         class_path: Whether to use the class-token path where the model has one.
         seed: Seed of the private random stream that draws the control examples.
         head: Qualified name of the classification head; empty to find it.
@@ -39,9 +40,9 @@ class LGPSettings:
     memory_steps: int = 256
     warmup_examples: int = 512
     observe_examples: int = 64
-    observe_steps: int = 2
-    refit_steps: int = 8
-    basis_steps: int = 16
+    observe_steps: int = 0
+    refit_steps: int = 0
+    basis_steps: int = 0
     class_path: bool = True
     seed: int = 0
     head: str = ""
@@ -51,17 +52,12 @@ class LGPSettings:
             raise ValueError(
                 f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training."
             )
-        for name in (
-            "window",
-            "rank",
-            "memory_steps",
-            "warmup_examples",
-            "observe_steps",
-            "refit_steps",
-            "basis_steps",
-        ):
+        for name in ("window", "rank", "memory_steps", "warmup_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("observe_steps", "refit_steps", "basis_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`lgp_{name}` must be at least 1, or 0 to choose, got {getattr(self, name)}.")
         if self.observe_examples < 2:
             raise ValueError(
                 f"`lgp_observe_examples` must be at least 2 (variances are taken over them), got {self.observe_examples}."
@@ -75,6 +71,22 @@ class LGPSettings:
                 f"`lgp_warmup_examples` ({self.warmup_examples}) cannot exceed `lgp_window` ({self.window}): "
                 "lower the first or raise the second."
             )
+
+    def resolved(self, on_path: bool) -> LGPSettings:
+        """These settings with every 0 that stands for a choice replaced.
+
+        What changes fast is the regression's part: with a class path that is a small remainder.
+
+        Args:
+            on_path: Whether the class path is followed.
+        """
+        observe, refit, basis = (2, 8, 16) if on_path else (1, 4, 8)
+        return replace(
+            self,
+            observe_steps=self.observe_steps or observe,
+            refit_steps=self.refit_steps or refit,
+            basis_steps=self.basis_steps or basis,
+        )
 
     @classmethod
     def from_arguments(cls, arguments: object) -> LGPSettings:

@@ -51,11 +51,22 @@ class LGPTrainingArguments(TrainingArguments):
         default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}
     )
     lgp_observe_steps: int = field(
-        default=2, metadata={"help": "Micro-batches between two that the predictor takes exact examples from."}
+        default=0,
+        metadata={
+            "help": "Micro-batches between two that the predictor takes exact examples from. "
+            "0: 2 with the class path, 1 without."
+        },
     )
-    lgp_refit_steps: int = field(default=8, metadata={"help": "Micro-batches between two fits of the predictor."})
+    lgp_refit_steps: int = field(
+        default=0,
+        metadata={"help": "Micro-batches between two fits of the predictor. 0: 8 with the class path, 4 without."},
+    )
     lgp_basis_steps: int = field(
-        default=16, metadata={"help": "Micro-batches between two moves of the bases that gradients are stored in."}
+        default=0,
+        metadata={
+            "help": "Micro-batches between two moves of the bases that gradients are stored in. "
+            "0: 16 with the class path, 8 without."
+        },
     )
     lgp_class_path: bool = field(
         default=True,

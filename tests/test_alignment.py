@@ -223,7 +223,7 @@ def test_energies_are_averaged_before_they_are_divided() -> None:
     for batch in batches:
         tracked.update_energies(*batch)
     error, total, kept, remainder = (
-        sum((w * x for w, x in zip((0.49, 0.7, 1.0), part, strict=True)), torch.zeros(()))
+        sum((w * x for w, x in zip((0.25, 0.5, 1.0), part, strict=True)), torch.zeros(()))
         for part in zip(*batches, strict=True)
     )
     torch.testing.assert_close(tracked.rho2, 1.0 - error / total)

@@ -146,7 +146,6 @@ def test_all_of_a_vits_trunk_is_covered_and_frozen_parameters_do_not_count() -> 
     assert not any("embeddings" in rule.name for rule in rules)
 
 
-@pytest.mark.xfail(strict=True, reason="every vector gets a layer scale's rule, and biases are then never captured")
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
 def test_a_bias_whose_weight_is_frozen_is_not_covered(kind: type[nn.Module]) -> None:
     model = tiny_vit()

@@ -203,7 +203,6 @@ def test_masked_rows(family: str, attention: str) -> None:
     compare(model, tolerance, **inputs, parts=(slice(2, EXAMPLES), slice(0, 2)))
 
 
-@pytest.mark.xfail(strict=True, reason="the mask of a forward of one example is taken for that of all")
 @pytest.mark.parametrize("parts", [(slice(1, EXAMPLES), slice(0, 1)), (slice(0, 1), slice(1, EXAMPLES))])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masked_rows_of_a_single_example(attention: str, parts: tuple[slice, ...]) -> None:
@@ -211,7 +210,6 @@ def test_masked_rows_of_a_single_example(attention: str, parts: tuple[slice, ...
     compare(model, 1e-5, **masked(model, (0, 1), (0, 2), (1, 2)), parts=parts)
 
 
-@pytest.mark.xfail(strict=True, reason="a forward without a mask (transformers drops one of ones) leaves old rows")
 @pytest.mark.parametrize("parts", [(slice(2, EXAMPLES), slice(0, 2)), (slice(0, 2), slice(2, EXAMPLES))])
 def test_masked_rows_in_one_of_two_forwards(parts: tuple[slice, ...]) -> None:
     model = tiny_classifier("vit")

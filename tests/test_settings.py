@@ -21,8 +21,9 @@ from hf_lgp.settings import LGPSettings
         ("window", 0, "`lgp_window` must be at least 1, got 0"),
         ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
         ("warmup_examples", 0, "`lgp_warmup_examples` must be at least 1"),
-        ("refit_steps", 0, "`lgp_refit_steps` must be at least 1"),
-        ("basis_steps", 0, "`lgp_basis_steps` must be at least 1"),
+        ("observe_steps", -1, "`lgp_observe_steps` must be at least 1, or 0 to choose"),
+        ("refit_steps", -1, "`lgp_refit_steps` must be at least 1"),
+        ("basis_steps", -2, "`lgp_basis_steps` must be at least 1"),
         ("observe_examples", 1, "`lgp_observe_examples` must be at least 2 .* got 1"),
         ("ridge", 0.0, "`lgp_ridge` must be positive, got 0.0"),
         ("ridge", math.nan, "`lgp_ridge` must be positive"),
@@ -77,6 +78,7 @@ def test_every_setting_can_be_read_from_arguments() -> None:
         "memory_steps": 100,
         "warmup_examples": 32,
         "observe_examples": 8,
+        "observe_steps": 3,
         "refit_steps": 2,
         "basis_steps": 5,
         "class_path": False,
@@ -87,3 +89,13 @@ def test_every_setting_can_be_read_from_arguments() -> None:
     assert dataclasses.asdict(settings) == values
     defaults = dataclasses.asdict(LGPSettings())
     assert not any(value == defaults[name] for name, value in values.items()), "a default proves nothing"
+
+
+def test_zero_leaves_the_choice_to_whether_there_is_a_path() -> None:
+    def steps(settings: LGPSettings) -> tuple[int, int, int]:
+        return settings.observe_steps, settings.refit_steps, settings.basis_steps
+
+    assert steps(LGPSettings().resolved(on_path=True)) == (2, 8, 16)
+    assert steps(LGPSettings().resolved(on_path=False)) == (1, 4, 8)
+    own = LGPSettings(observe_steps=3, refit_steps=5, basis_steps=7, rank=4)
+    assert own.resolved(on_path=True) == own.resolved(on_path=False) == own
