@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.25)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    for name in ("observe", "refit", "basis"):
+        parser.add_argument(f"--{name}", type=int, default=0, help=f"lgp_{name}_steps; 0 for the default")
     parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--bf16", action="store_true")
@@ -126,6 +128,9 @@ def main() -> None:
             disable_tqdm=True,
             lgp_control_fraction=options.fraction,
             lgp_class_path=not options.ridge_alone,
+            lgp_observe_steps=options.observe,
+            lgp_refit_steps=options.refit,
+            lgp_basis_steps=options.basis,
         )
         settings = {k: v for k, v in vars(options).items() if k not in ("data", "output")}
 

@@ -68,6 +68,38 @@ def test_predictions_are_used_logged_and_every_hook_is_gone_afterwards(tmp_path:
     assert not any(key.startswith("lgp_") for entry in evaluation for key in entry)
 
 
+def test_the_class_path_is_followed_unless_it_is_switched_off(tmp_path: Path) -> None:
+    found = {}
+    for on_path in (True, False):
+        trainer = trainer_for(tmp_path / str(on_path), lgp_class_path=on_path, lgp_observe_steps=0)
+        trainer._lgp_close = lambda: None  # type: ignore[method-assign]
+        trainer.train()
+        engine = trainer._lgp_engine
+        assert engine is not None and (engine.path is not None) == on_path
+        assert engine.settings.observe_steps == engine.controller.settings.observe_steps == (2 if on_path else 1)
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert (logs[-1]["lgp_alpha_path"] > 0) == on_path
+        found[on_path] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        engine.close()
+    assert any(not torch.equal(found[True][name], found[False][name]) for name in found[True])
+
+
+def test_a_head_that_reads_mean_rows_is_predicted_by_the_regression_alone(tmp_path: Path) -> None:
+    class MeanPooled(ViTForImageClassification):
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            logits = self.classifier(self.vit(pixel_values).last_hidden_state.mean(1))
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+            return {"loss": loss, "logits": logits}
+
+    model = MeanPooled(tiny_vit(torch.float32).config)
+    trainer = LGPTrainer(model, arguments(tmp_path), train_dataset=TinyImages(64, dtype=torch.float32))
+    trainer._lgp_close = lambda: None  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer._lgp_engine is not None and trainer._lgp_engine.path is None
+    assert trainer._lgp_steps["predicted"] > 5
+    trainer._lgp_engine.close()
+
+
 def test_a_warmup_longer_than_what_comes_in_between_two_fits_ends(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, lgp_observe_examples=4, lgp_refit_steps=1, lgp_warmup_examples=32)
     trainer.train()
