@@ -62,7 +62,6 @@ class ClassPath:
             rule.module: p for p, rule in enumerate(rules) if not isinstance(rule, BroadcastRule | ScaleRule)
         }
         self._by_parameter = {parameter: p for p, rule in enumerate(rules) for parameter in rule.parameters}
-        self.shortcut = backbone.until_last is not None
         self.finite = torch.ones((), dtype=torch.bool)
         self._rows: slice | None = None
         self._chosen: Tensor | slice = slice(None)
@@ -137,7 +136,7 @@ class ClassPath:
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
         normalised, spread = self._normalise(hidden, block.norm_before.eps)
-        self._keep("others", index, normalised[:, 1:], _compute_dtype(hidden))
+        self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], torch.promote_types(hidden.dtype, torch.float32))
         if index == 0:
             self._keep("spread", 0, spread[:, 1:])
@@ -174,24 +173,21 @@ class ClassPath:
 
     @torch.no_grad()
     def _dropped(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._rows is None or not _is_active(module):
+        if self._rows is None or not is_active(module):
             return
         call = self._branch_calls.get(module, 0)
         self._branch_calls[module] = call + 1
         before, after = args[0].detach()[self._chosen][:, 0], output.detach()[self._chosen][:, 0]
         factor = torch.where(before == 0, torch.zeros_like(after), after / before)
         earlier = self._get(f"branch {call}", index)
-        first = module is next(d for d in self.backbone.blocks[index].dropouts if _is_active(d))
+        first = module is next(d for d in self.backbone.blocks[index].dropouts if is_active(d))
         wide = torch.promote_types(factor.dtype, torch.float32)
         self._keep(f"branch {call}", index, factor if first or earlier is None else factor * earlier[self._rows], wide)
 
     def _left(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._rows is not None:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._keep_leaving(hidden.detach()[self._chosen][:, 0])
-
-    def _keep_leaving(self, row: Tensor) -> None:
-        self._keep("class", len(self.backbone.blocks), row, torch.promote_types(row.dtype, torch.float32))
+            self.note_leaving(hidden.detach()[self._chosen][:, 0])
 
     @torch.no_grad()
     def _unfolded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -200,35 +196,17 @@ class ClassPath:
         rule = self.rules[self._by_module[module]] if module in self._by_module else None
         if isinstance(rule, ConvRule):
             patches = rule.patches(args[0].detach()[self._chosen])
-            self._keep("patches", 0, patches, _compute_dtype(patches))
+            self._keep("patches", 0, patches, compute_dtype(patches))
 
-    # -- the prediction pass ---------------------------------------------------------------------------------------------
-
-    def features(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Head input of the armed examples, with the last block run on the class row only.
-
-        Args:
-            inputs: The model's inputs, without labels.
-
-        Returns:
-            Features, shape ``(b, D)``, or None where this pass would not be the model's own: then the whole model has to run.
-        """
-        last = self.backbone.blocks[-1]
-        if not self.shortcut or self.backbone.until_last is None or any(_is_active(d) for d in last.dropouts):
-            return None
-        if last.attention_dropout() > 0.0:
-            return None
-        hidden = self.backbone.until_last(inputs)
-        if hidden is None:
-            return None
+    def note_last(self, hidden: Tensor) -> BlockRows:
+        """Note rows that enter the last block without its being called, shape ``(b, T, D)``."""
         index = len(self.backbone.blocks) - 1
         self._note(index, hidden)
-        leaving = ClassRow(last, self._block_rows(index, self._rows), graph=False).leaving
-        self._keep_leaving(leaving)
-        norm = self.backbone.norm
-        return (
-            leaving if norm is None else F.layer_norm(leaving, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        )
+        return self._block_rows(index, self._rows)
+
+    def note_leaving(self, row: Tensor) -> None:
+        """Note the class row that leaves the last block, shape ``(b, D)``."""
+        self._keep("class", len(self.backbone.blocks), row, torch.promote_types(row.dtype, torch.float32))
 
     def reads_class_row(self, features: Tensor) -> bool:
         """Whether the head's input of the examples just noted begins with the normalised class row; waits for the device."""
@@ -323,7 +301,7 @@ def _norm_backward(delta: Tensor, normalised: Tensor, spread: Tensor) -> Tensor:
     return (centred - normalised * (delta * normalised).mean(-1, keepdim=True)) * spread
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of the path's products: autocast's bfloat16, else the hidden states', half precision widened."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
@@ -331,7 +309,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def _is_active(dropout: nn.Module) -> bool:
+def is_active(dropout: nn.Module) -> bool:
     """Whether a dropout or stochastic-depth module changes anything now."""
     rate = getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0))
     return dropout.training and bool(rate)

@@ -21,6 +21,7 @@ from .families import find_backbone
 from .injection import Splice, splice_head
 from .observer import MEASURED_EXAMPLES, Observation, Observer
 from .path_terms import PathTerm
+from .prediction_pass import PredictionPass
 from .predictor import GradientPredictor
 from .rules import coverage, trunk_rules
 from .settings import LGPSettings
@@ -57,8 +58,11 @@ class LGPEngine:
                 "No parameter of the trunk has a prediction rule (is everything but the head frozen?): "
                 "use `lgp_control_fraction=1`, or unfreeze some layers."
             )
-        backbone = find_backbone(model) if settings.class_path else None
-        self.path = None if backbone is None else ClassPath(backbone, self.rules)
+        backbone = find_backbone(model)
+        self.path = ClassPath(backbone, self.rules) if backbone is not None and settings.class_path else None
+        self.shortcut: PredictionPass | None = None
+        if backbone is not None and backbone.until_last is not None:
+            self.shortcut = PredictionPass(backbone, backbone.until_last, self.path)
         self.settings = settings = settings.resolved(self.path is not None)
         self.coverage = coverage(self.rules, model, head)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
@@ -127,11 +131,10 @@ class LGPEngine:
         """
         self._collecting = True
         try:
-            features: Tensor | None = None
             if self.path is not None:
                 self.path.start(examples)
                 self.path.arm(slice(controls, examples))
-                features = self.path.features(inputs)
+            features = None if self.shortcut is None else self.shortcut.features(inputs)
             if features is None:
                 forward()
             else:
@@ -141,40 +144,48 @@ class LGPEngine:
             if self.path is not None:
                 self.path.disarm()
 
-    def verify_path(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int) -> bool:
-        """Check on a few examples that the head reads the class row as the path assumes; give the path up if not.
+    def verify_backbone(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int) -> bool:
+        """Check on a few examples that the head reads the class row as the backbone's parts suggest.
+
+        The class path is given up if it does not, the shorter prediction pass if its result is another than the model's.
 
         Args:
             inputs: The model's inputs for these examples, without labels.
-            forward: Runs the model on them and must not draw other random numbers than the path's own pass.
+            forward: Runs the model on them and must not draw other random numbers than the prediction pass.
             examples: Their number.
 
         Returns:
-            Whether the path is in use.
+            Whether the class path is followed.
         """
-        if self.path is None:
+        if self.path is None and self.shortcut is None:
             return False
         self._collecting = True
         with torch.no_grad():
             try:
-                self.path.start(examples)
-                self.path.arm(slice(0, examples))
+                if self.path is not None:
+                    self.path.start(examples)
+                    self.path.arm(slice(0, examples))
                 forward()
                 assert self._collected is not None
                 expected, self._collected = self._collected[0], None
-                agrees = self.path.reads_class_row(expected)
-                if agrees and self.path.shortcut:
-                    features = self.path.features(inputs)
-                    self.path.shortcut = features is not None and same_features(expected, features)
+                if self.path is not None and not self.path.reads_class_row(expected):
+                    self._give_up_path()
+                if self.shortcut is not None:
+                    features = self.shortcut.features(inputs)
+                    if features is None or not same_features(expected, features):
+                        self.shortcut = None
             finally:
                 self._collecting = False
-                self.path.disarm()
-        if not agrees:
-            self.path.close()
-            self.path = self.observer.path = None
-            settings = self._given.resolved(on_path=False)
-            self.settings = self.controller.settings = self.observer.settings = settings
-        return agrees
+                if self.path is not None:
+                    self.path.disarm()
+        return self.path is not None
+
+    def _give_up_path(self) -> None:
+        assert self.path is not None
+        self.path.close()
+        self.path = self.observer.path = self.shortcut = None
+        settings = self._given.resolved(on_path=False)
+        self.settings = self.controller.settings = self.observer.settings = settings
 
     @contextmanager
     def spliced(self, order: Tensor, controls: int, weight: float | Tensor) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Backbones with a class-token path, recognised by their parts.
 
 A family is a small table of names: where a block keeps its norms, projections and MLP. Whether the head really reads the class
-row that the names suggest is checked against the running model (:meth:`~hf_lgp.engine.LGPEngine.verify_path`), so an
+row that the names suggest is checked against the running model (:meth:`~hf_lgp.engine.LGPEngine.verify_backbone`), so an
 unknown variant falls back to the ridge regression instead of giving a wrong path.
 """
 

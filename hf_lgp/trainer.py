@@ -108,7 +108,7 @@ class LGPTrainer(Trainer):
         unwrapped.eval()  # two runs that are compared must not draw different dropout
         try:
             with self.accelerator.autocast():
-                on_path = engine.verify_path(few, probe, 2)
+                on_path = engine.verify_backbone(few, probe, 2)
         finally:
             unwrapped.train(training)
         logger.info(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_lgp.class_path import ClassPath, same_features
 from hf_lgp.families import find_backbone
 from hf_lgp.path_terms import PathTerm
+from hf_lgp.prediction_pass import PredictionPass
 from hf_lgp.rules import Rule, trunk_rules
 
 EXAMPLES = 5
@@ -411,7 +412,8 @@ def features_of(path: ClassPath, inputs: dict[str, Tensor], rows: slice = slice(
     path.start(EXAMPLES)
     path.arm(rows)
     with torch.no_grad():
-        features = path.features(inputs)
+        assert path.backbone.until_last is not None
+        features = PredictionPass(path.backbone, path.backbone.until_last, path).features(inputs)
     path.disarm()
     return features
 
@@ -422,10 +424,16 @@ def features_of(path: ClassPath, inputs: dict[str, Tensor], rows: slice = slice(
 def test_features_are_the_head_input(family: str, training: bool, layers: int) -> None:
     model = tiny_classifier(family, num_hidden_layers=layers).train(training)
     path, inputs = path_of(model), {"pixel_values": batch()["pixel_values"]}
-    assert path.shortcut
+    expected = head_input(model, inputs)
     features = features_of(path, inputs)
     assert features is not None
-    torch.testing.assert_close(features, head_input(model, inputs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
+    path.close()
+    assert path.backbone.until_last is not None
+    with torch.no_grad():
+        alone = PredictionPass(path.backbone, path.backbone.until_last, None).features(inputs)
+    assert alone is not None
+    torch.testing.assert_close(alone, expected, rtol=1e-12, atol=1e-12)
 
 
 @plain_families
@@ -463,9 +471,7 @@ def test_features_of_interpolated_positions() -> None:
 
 @pytest.mark.parametrize("family", ["beit", "dinov2"])
 def test_families_whose_blocks_take_more_have_no_prediction_pass(family: str) -> None:
-    path = path_of(tiny_classifier(family))
-    assert not path.shortcut
-    assert features_of(path, {"pixel_values": batch()["pixel_values"]}) is None
+    assert path_of(tiny_classifier(family)).backbone.until_last is None
 
 
 @plain_families
