@@ -43,6 +43,9 @@ class Pause(TrainerCallback):
         engine, model = trainer._lgp_engine, trainer.model
         assert engine is not None and model is not None
         trunk = [(rule.name, list(rule.parameters)) for rule in engine.rules]
+        states = [[trainer.optimizer.state[p] for p in parameters] for _, parameters in trunk]
+        # What Adam divides by: its steps weigh an entry's noise by the entry's own scale, not by its energy.
+        scales = [torch.cat([s["exp_avg_sq"].flatten().double().cpu() for s in some]) for some in states]
         learn = engine.finish
 
         def forget() -> None:  # holds the predictor still
@@ -54,6 +57,7 @@ class Pause(TrainerCallback):
             [torch.zeros(sum(p.numel() for p in ps), dtype=torch.float64) for _, ps in trunk],
             error.clone(),
         )
+        adam = torch.zeros(2, len(trunk), dtype=torch.float64)
         loader = torch.utils.data.DataLoader(trainer.train_dataset, args.per_device_train_batch_size, shuffle=True)
         iterator = iter(loader)
         for _ in range(self.batches):
@@ -69,11 +73,18 @@ class Pause(TrainerCallback):
                 error[position] += (estimate - exact).square().sum()
                 total[position] += exact
                 squares[position] += exact.square().sum()
+                weights = 1.0 / (scales[position] + 1e-16)
+                adam[0, position] += ((estimate - exact).square() * weights).sum()
+                adam[1, position] += (exact.square() * weights).sum()
         model.zero_grad()
         engine.finish = learn  # type: ignore[method-assign]
         count = self.batches
         means = torch.stack([(t / count).square().sum() for t in total])
         variance = (squares - count * means) / (count - 1)
+        adam[1] -= torch.stack(
+            [((t / count).square() / (v + 1e-16)).sum() * count for t, v in zip(total, scales, strict=True)]
+        )
+        adam /= torch.tensor([[count], [count - 1]])
         extra = (error / count / variance).tolist()
         rho2 = engine.predictor.alignment.rho2.tolist()
         return {
@@ -81,6 +92,10 @@ class Pause(TrainerCallback):
             "worst": max(extra),
             "worst_tensor": trunk[extra.index(max(extra))][0],
             "whole_gradient": (error.sum() / count / variance.sum()).item(),
+            "in_adam_units": (adam[0].sum() / adam[1].sum()).item(),
+            "in_adam_units_by_tensor": {
+                name: round(v, 4) for (name, _), v in zip(trunk, (adam[0] / adam[1]).tolist(), strict=True)
+            },
             "by_tensor": {name: round(v, 4) for (name, _), v in zip(trunk, extra, strict=True)},
             "rho2_by_tensor": {name: round(v, 4) for (name, _), v in zip(trunk, rho2, strict=True)},
         }
@@ -143,7 +158,7 @@ def main() -> None:
         callback.trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=[callback])
         callback.trainer.train()
     for step, table in callback.tables.items():
-        summary = {k: table[k] for k in ("median", "worst", "worst_tensor", "whole_gradient")}
+        summary = {k: table[k] for k in ("median", "worst", "worst_tensor", "whole_gradient", "in_adam_units")}
         print(f"step {step}: {summary}", flush=True)
         for name, value in table["by_tensor"].items():
             print(f"  {value:8.3f}  {name}", flush=True)

@@ -7,7 +7,8 @@ four passes over the normalised rows, and the weight gradient of keys and of val
 
     dL/dW_k = q_h (x) sum_t ds_t n_t        dL/dW_v = do_h (x) sum_t a_t n_t
 
-(up to the norm's own affine map). The other rows enter as constants.
+(up to the norm's own affine map). The other rows enter as constants. More rows than one can be followed in this way at
+nearly the same cost: their heads share the passes over the other rows.
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ class BlockRows:
     """What a block's forward leaves for the path.
 
     Attributes:
-        entering: Class row entering the block, shape ``(m, D)``.
+        entering: The rows that are followed as they enter the block, class row first, shape ``(m, S, D)``.
         others: The other rows after the norm without its affine map, shape ``(m, T - 1, D)``, in the dtype of the
             computation.
-        bias: Added to the class row's scores, shape ``(m, H or 1, T)``, or None.
-        branches: Factors that dropout gave the class row of the two branches, shape ``(m, D)`` each, or None.
+        bias: Added to the followed rows' scores, shape ``(m, S, H or 1, T)``, or None.
+        branches: Factors that dropout gave the followed rows of the two branches, shape ``(m, S, D)`` each, or None.
     """
 
     entering: Tensor
@@ -82,8 +83,39 @@ class BlockRows:
     branches: tuple[Tensor, Tensor] | None = None
 
 
-class ClassRow:
-    """Forward of a block's class row that keeps what its backward needs.
+@dataclass(frozen=True)
+class OtherRows:
+    """Gradient of a block's other rows, after the norm without its affine map, as far as the class row reads them.
+
+    Row ``t`` receives ``ds_t u + a_t d(pooled)`` from every head: a product of the two factors.
+
+    Attributes:
+        mixers: ``ds`` and ``a`` of all heads, shape ``(m, 2 H, T - 1)``.
+        directions: ``u`` and ``d(pooled)`` of all heads, shape ``(m, 2 H, D)``.
+    """
+
+    mixers: Tensor
+    directions: Tensor
+
+    def rows(self) -> Tensor:
+        """Row by row, shape ``(m, T - 1, D)``."""
+        return self.mixers.mT @ self.directions
+
+    def total(self, spread: Tensor) -> Tensor:
+        """Their sum before the norm, shape ``(m, D)``, but for the norm's pull along every row itself (one in ``D`` directions).
+
+        Args:
+            spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
+        """
+        weights = self.mixers @ spread.to(self.mixers.dtype)
+        total = (weights.mT @ self.directions)[:, 0]
+        return total - total.mean(-1, keepdim=True)
+
+
+class FollowedRows:
+    """Forward of a block's followed rows that keeps what their backward needs.
+
+    Every followed row attends to itself and to the other rows.
 
     Args:
         block: The block.
@@ -99,7 +131,7 @@ class ClassRow:
     def _forward(self) -> None:
         block, others = self.block, self.rows.others
         dtype = others.dtype
-        examples, _, width = others.shape
+        examples, followed, width = self.rows.entering.shape
         heads = block.heads
 
         def weight(module: nn.Linear) -> Tensor:
@@ -113,20 +145,24 @@ class ClassRow:
         gain, shift = (p.detach().to(dtype) for p in (block.norm_before.weight, block.norm_before.bias))
         self.queried = self.own * gain + shift
         self.query = linear(block.query, self.queried)
-        by_head = self.query.view(examples, heads, -1)
+        by_head = self.query.view(examples * followed, heads, -1)
         key, value = (weight(m).view(heads, -1, width) for m in (block.key, block.value))
-        self.probe = torch.bmm(by_head.transpose(0, 1), key).transpose(0, 1) * block.scaling
+        probe = torch.bmm(by_head.transpose(0, 1), key).transpose(0, 1) * block.scaling
+        self.probe = probe.unflatten(0, (examples, followed))
         self.gained = self.probe * gain
-        self.scores = torch.cat([self.gained @ self.own[:, :, None], self.gained @ others.mT], dim=-1)
+        # The followed rows' heads side by side: one pass over the other rows for all of them.
+        beside = (self.gained.flatten(1, 2) @ others.mT).unflatten(1, (followed, heads))
+        self.scores = torch.cat([self.gained @ self.own[..., None], beside], dim=-1)
         scores = self.scores if self.rows.bias is None else self.scores + self.rows.bias.to(dtype)
         self.attention = scores.softmax(-1, dtype=torch.promote_types(torch.float32, dtype)).to(dtype)
-        self.pooled = self.attention[..., :1] * self.own[:, None] + self.attention[..., 1:] @ others
+        pooled = (self.attention[..., 1:].flatten(1, 2) @ others).unflatten(1, (followed, heads))
+        self.pooled = self.attention[..., :1] * self.own[..., None, :] + pooled
         self.attended = self.pooled * gain + shift
-        mixed = torch.bmm(self.attended.transpose(0, 1), value.mT).transpose(0, 1)
+        mixed = torch.bmm(self.attended.flatten(0, 1).transpose(0, 1), value.mT).transpose(0, 1)
         if block.value.bias is not None:
             mixed = mixed + block.value.bias.detach().to(dtype).view(heads, -1)
-        self.mixed = mixed
-        self.projected = linear(block.output, mixed.flatten(1))
+        self.mixed = mixed.unflatten(0, (examples, followed))
+        self.projected = linear(block.output, self.mixed.flatten(2))
         self.middle = self.entering + self._branch(self.projected, 0)
         self.normalised_after = F.layer_norm(self.middle, (width,), eps=block.norm_after.eps).to(dtype)
         self.expanded_from = self.normalised_after * block.norm_after.weight.detach().to(
@@ -143,16 +179,15 @@ class ClassRow:
             wide = wide * self.block.scales[position].detach()
         return wide if self.rows.branches is None else wide * self.rows.branches[position]
 
-    def backward(self, delta: Tensor, others: bool) -> tuple[Tensor, dict[nn.Module | Tensor, PathTerm], Tensor | None]:
+    def backward(self, delta: Tensor) -> tuple[Tensor, dict[nn.Module | Tensor, PathTerm], OtherRows]:
         """Gradient of the class row entering the block, and the path's terms.
 
         Args:
-            delta: Gradient of the class row leaving the block, shape ``(m, D)``.
-            others: Whether the gradient of the other rows is wanted too.
+            delta: Gradient of the followed rows leaving the block, shape ``(m, S, D)``.
 
         Returns:
-            ``(entering, terms, normalised)``: the gradient of the entering class row; a term for every module and loose parameter; the gradient of
-            the other *normalised* rows, shape ``(m, T - 1, D)``, or None.
+            ``(entering, terms, others)``: the gradient of the entering class row, shape ``(m, D)``; a term for every module
+            and loose parameter; the gradient that the other rows receive from the class row.
         """
         block = self.block
         wanted = [
@@ -187,14 +222,15 @@ class ClassRow:
             expanded,
             contracted,
         ) = torch.autograd.grad(self.leaving, wanted, delta.to(self.leaving.dtype))
-        by_head = self.query.detach().view(len(delta), block.heads, -1) * block.scaling
-        gain = queried * self.own + (gained * self.probe + attended * self.pooled).sum(1)
+        by_head = self.query.detach().unflatten(2, (block.heads, -1)) * block.scaling
+        gain = queried * self.own + (gained * self.probe + attended * self.pooled).sum(2)
         terms: dict[nn.Module | Tensor, PathTerm] = {
-            block.norm_before: _norm_term(block.norm_before, gain, queried + attended.sum(1)),
-            block.query: _row_term(block.query, query, self.queried),
+            block.norm_before: _norm_term(block.norm_before, gain, queried + attended.sum(2)),
+            # What other rows ask is nothing like what their mean would ask.
+            block.query: _row_term(block.query, query[:, :1], self.queried[:, :1]),
             block.key: HeadsTerm(by_head, probe, block.key.bias is not None, True),
             block.value: HeadsTerm(mixed, self.attended.detach(), block.value.bias is not None, False),
-            block.output: _row_term(block.output, projected, self.mixed.flatten(1)),
+            block.output: _row_term(block.output, projected, self.mixed.flatten(2)),
             block.norm_after: _norm_term(block.norm_after, expanded_from * self.normalised_after, expanded_from),
             block.expand: _row_term(block.expand, expanded, self.expanded_from),
             block.contract: _row_term(block.contract, contracted, self.activated),
@@ -204,18 +240,19 @@ class ClassRow:
                 zip(block.scales, (middle, delta), (self.projected, self.contracted), strict=True)
             ):
                 factor = 1.0 if self.rows.branches is None else self.rows.branches[position]
-                gradient = into * branch.detach().to(into.dtype) * factor
-                terms[scale] = DenseTerm(gradient[:, None], (scale.shape,))
-        if not others:
-            return entering, terms, None
-        # Row t receives ds_t u + a_t d(pooled), over all heads: one product.
-        mixers = torch.cat([scores[..., 1:], self.attention.detach()[..., 1:]], dim=1)
-        return entering, terms, mixers.mT @ torch.cat([self.gained.detach(), pooled], dim=1)
+                gradient = (into * branch.detach().to(into.dtype) * factor).sum(1, keepdim=True)
+                terms[scale] = DenseTerm(gradient, (scale.shape,))
+        others = OtherRows(
+            torch.cat([scores[:, 0, :, 1:], self.attention.detach()[:, 0, :, 1:]], dim=1),
+            torch.cat([self.gained.detach()[:, 0], pooled[:, 0]], dim=1),
+        )
+        return entering[:, 0], terms, others
 
 
 def _row_term(module: nn.Linear, delta: Tensor, inputs: Tensor) -> RowTerm:
-    return RowTerm(delta[:, None], inputs.detach()[:, None], module.bias is not None)
+    return RowTerm(delta, inputs.detach(), module.bias is not None)
 
 
 def _norm_term(module: nn.LayerNorm, gain: Tensor, shift: Tensor) -> DenseTerm:
-    return DenseTerm(torch.stack([gain.detach(), shift], dim=1), (module.weight.shape, module.bias.shape))
+    rows = torch.stack([gain.detach().sum(1), shift.sum(1)], dim=1)
+    return DenseTerm(rows, (module.weight.shape, module.bias.shape))

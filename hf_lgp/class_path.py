@@ -5,6 +5,13 @@ A classifier on the class token receives its gradient through one row. With the 
 example: :class:`ClassPath` notes what that takes while the model runs, with or without a graph, and walks the blocks
 backwards once the residuals are known. In the last block this is the exact gradient; in earlier ones it leaves out what
 travels through the other rows' streams.
+
+Most of that remainder is what the class token reads from other rows in *later* blocks, handed down along the residual stream:
+``d x_t^l`` is nearly the sum over later blocks ``j`` of what row ``t`` receives from the class row's attention there. Those
+gradients point in nearly one direction for all rows of an example, so one row, the mean of the others with the sum of their
+gradients, stands for them all (a mean-field estimate): it is followed beside the class row through every block but the last.
+Only the queries' gradient is left to the class row. At parameters early in training of a small ViT this explains between six and nine
+tenths of what the class row leaves over.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_block import AttentionBlock, BlockRows, ClassRow
+from .attention_block import AttentionBlock, BlockRows, FollowedRows
 from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
 from .rules import BroadcastRule, ConvRule, Rule, ScaleRule
 
@@ -51,13 +58,14 @@ class ClassPath:
     Args:
         backbone: The backbone.
         rules: The rules whose parameters' path gradients are wanted.
+        mean_row: Whether to follow the mean of the other rows beside the class row.
 
     Attributes:
         finite: For which examples the last walk stayed finite, bool of shape ``(m,)`` on the device.
     """
 
-    def __init__(self, backbone: Backbone, rules: list[Rule]) -> None:
-        self.backbone, self.rules = backbone, rules
+    def __init__(self, backbone: Backbone, rules: list[Rule], mean_row: bool = True) -> None:
+        self.backbone, self.rules, self.mean_row = backbone, rules, mean_row
         self._by_module = {
             rule.module: p for p, rule in enumerate(rules) if not isinstance(rule, BroadcastRule | ScaleRule)
         }
@@ -136,12 +144,18 @@ class ClassPath:
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
         normalised, spread = self._normalise(hidden, block.norm_before.eps)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
-        self._keep("class", index, hidden[:, 0], torch.promote_types(hidden.dtype, torch.float32))
-        if index == 0:
-            self._keep("spread", 0, spread[:, 1:])
+        self._keep("class", index, hidden[:, 0], wide)
+        self._keep("spread", index, spread[:, 1:])
+        if self._means(index):
+            self._keep("mean", index, hidden[:, 1:].mean(1), wide)
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
+
+    def _means(self, index: int) -> bool:
+        """Whether the mean row is followed through this block; nothing reaches it in the last one."""
+        return self.mean_row and index < len(self.backbone.blocks) - 1
 
     def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
@@ -166,10 +180,17 @@ class ClassPath:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if self._rows is None or not isinstance(mask, Tensor):
             return
-        row = mask.detach()[:, :, 0].expand(self._examples, -1, -1)
-        if row.dtype == torch.bool:
-            row = torch.zeros_like(row, dtype=torch.float32).masked_fill_(~row, -torch.inf)
-        self._keep("bias", index, row[self._chosen])
+        mask = mask.detach()
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+        rows = self._followed(mask.transpose(1, 2), index)
+        self._keep("bias", index, rows.expand(self._examples, *rows.shape[1:])[self._chosen])
+
+    def _followed(self, rows: Tensor, index: int) -> Tensor:
+        """The class row, and the mean of the others where it is followed: ``(b, T, ...)`` to ``(b, S, ...)``."""
+        if not self._means(index):
+            return rows[:, :1]
+        return torch.stack([rows[:, 0], rows[:, 1:].mean(1)], dim=1)
 
     @torch.no_grad()
     def _dropped(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -177,8 +198,10 @@ class ClassPath:
             return
         call = self._branch_calls.get(module, 0)
         self._branch_calls[module] = call + 1
-        before, after = args[0].detach()[self._chosen][:, 0], output.detach()[self._chosen][:, 0]
-        factor = torch.where(before == 0, torch.zeros_like(after), after / before)
+        before, after = args[0].detach()[self._chosen], output.detach()[self._chosen]
+        if not self._means(index):
+            before, after = before[:, :1], after[:, :1]
+        factor = self._followed(torch.where(before == 0, torch.zeros_like(after), after / before), index)
         earlier = self._get(f"branch {call}", index)
         first = module is next(d for d in self.backbone.blocks[index].dropouts if is_active(d))
         wide = torch.promote_types(factor.dtype, torch.float32)
@@ -218,8 +241,9 @@ class ClassPath:
     def _block_rows(self, index: int, rows: slice | None) -> BlockRows:
         part = slice(None) if rows is None else rows
         bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
+        followed = [self._kept[name, index][part] for name in ("class", *(["mean"] if self._means(index) else []))]
         return BlockRows(
-            self._kept["class", index][part],
+            torch.stack(followed, dim=1),
             self._kept["others", index][part],
             None if bias is None else bias[part],
             None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
@@ -247,13 +271,17 @@ class ClassPath:
             if backbone.norm is not None:
                 delta, term = self._through_final_norm(backbone.norm, delta)
                 self._assign(terms, {backbone.norm: term})
-            others: Tensor | None = None
+            # Sum of the other rows' gradients, handed down the residual stream.
+            elsewhere, others = torch.zeros_like(delta), None
             for index in reversed(range(len(backbone.blocks))):
-                row = ClassRow(backbone.blocks[index], self._block_rows(index, None), graph=True)
-                delta, block_terms, others = row.backward(delta, others=index == 0)
+                rows = FollowedRows(backbone.blocks[index], self._block_rows(index, None), graph=True)
+                leaving = [delta, elsewhere] if self._means(index) else [delta]
+                delta, block_terms, others = rows.backward(torch.stack(leaving, dim=1))
                 self._assign(terms, block_terms)
+                if index > 0 and self.mean_row:
+                    elsewhere = elsewhere + others.total(self._kept["spread", index]).to(elsewhere.dtype)
             assert others is not None
-            self._embeddings(terms, delta, others)
+            self._embeddings(terms, delta, others.rows())
         return [None if term is None else term.only(self.finite) for term in terms]
 
     def _assign(self, terms: list[PathTerm | None], found: Mapping[nn.Module | Tensor, PathTerm]) -> None:

@@ -71,10 +71,10 @@ class RowTerm(PathTerm):
 
 @dataclass(frozen=True)
 class HeadsTerm(PathTerm):
-    """A key or value projection seen by one query row: for head ``h`` the outer product of ``left`` and ``right`` row ``h``.
+    """A key or value projection seen by a few query rows: for head ``h`` the outer products of ``left`` and ``right`` row ``h``.
 
-    ``left`` has shape (m, H, out / H), ``right`` (m, H, in). The bias gradient is ``left`` for values (attention weights sum
-    to one) and zero for keys (softmax is blind to a common shift).
+    ``left`` has shape (m, S, H, out / H), ``right`` (m, S, H, in). The bias gradient is ``left`` for values (attention weights
+    sum to one) and zero for keys (softmax is blind to a common shift).
     """
 
     left: Tensor
@@ -83,7 +83,7 @@ class HeadsTerm(PathTerm):
     bias_is_zero: bool
 
     def total(self, weights: Tensor, lifted: Lifted | None = None) -> list[Tensor]:  # noqa: D102
-        left, right = self.left * _column(weights, self.left), self.right
+        left, right = (self.left * _column(weights, self.left)).flatten(0, 1), self.right.flatten(0, 1)
         bias = None
         if self.biased:
             bias = left.new_zeros(left[0].numel()) if self.bias_is_zero else left.sum(0).flatten()
@@ -96,10 +96,10 @@ class HeadsTerm(PathTerm):
         return [gradient] if bias is None else [gradient, bias]
 
     def factors(self, examples: slice) -> Factors:  # noqa: D102
-        left, right = self.left[examples], self.right[examples]
-        heads, size = left.shape[1:]
+        left, right = self.left[examples], self.right[examples].flatten(1, 2)
+        heads, size = left.shape[2:]
         # Row h speaks for the outputs of head h alone.
-        rows = torch.diag_embed(left.transpose(1, 2)).permute(0, 2, 3, 1).flatten(2)
+        rows = torch.diag_embed(left.transpose(2, 3)).permute(0, 1, 3, 4, 2).flatten(3).flatten(1, 2)
         if self.biased and self.bias_is_zero:
             right = torch.cat([right, right.new_zeros(*right.shape[:-1], 1)], dim=-1)
         return Factors(rows, right, heads * size, ones=self.biased and not self.bias_is_zero)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_block import BlockRows, ClassRow
+from .attention_block import BlockRows, FollowedRows
 from .class_path import Backbone, ClassPath, compute_dtype, is_active
 
 
@@ -52,8 +52,8 @@ class PredictionPass:
         else:
             width = hidden.shape[-1:]
             others = F.layer_norm(hidden[:, 1:], width, eps=last.norm_before.eps).to(compute_dtype(hidden))
-            rows = BlockRows(hidden[:, 0].to(torch.promote_types(hidden.dtype, torch.float32)), others)
-        leaving = ClassRow(last, rows, graph=False).leaving
+            rows = BlockRows(hidden[:, :1].to(torch.promote_types(hidden.dtype, torch.float32)), others)
+        leaving = FollowedRows(last, rows, graph=False).leaving[:, 0]
         if self.path is not None:
             self.path.note_leaving(leaving)
         if norm is None:

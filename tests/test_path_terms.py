@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,14 +56,21 @@ def test_rows(rows: int, biased: bool, seed: int) -> None:
 
 
 @quick
-@given(heads=st.integers(1, 3), size=st.integers(1, 3), biased=st.booleans(), is_key=st.booleans(), seed=seeds)
-def test_heads(heads: int, size: int, biased: bool, is_key: bool, seed: int) -> None:
-    left, right = randn(EXAMPLES, heads, size, seed=seed), randn(EXAMPLES, heads, 4, seed=seed + 1)
+@given(
+    queries=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    size=st.integers(1, 3),
+    biased=st.booleans(),
+    is_key=st.booleans(),
+    seed=seeds,
+)
+def test_heads(queries: int, heads: int, size: int, biased: bool, is_key: bool, seed: int) -> None:
+    left, right = randn(EXAMPLES, queries, heads, size, seed=seed), randn(EXAMPLES, queries, heads, 4, seed=seed + 1)
     expected = torch.zeros(EXAMPLES, heads * size, 4 + biased, dtype=torch.float64)
     for i in range(EXAMPLES):
-        for h in range(heads):
+        for q, h in itertools.product(range(queries), range(heads)):
             bias = right.new_full((int(biased),), 0.0 if is_key else 1.0)
-            expected[i, h * size : (h + 1) * size] = torch.outer(left[i, h], torch.cat([right[i, h], bias]))
+            expected[i, h * size : (h + 1) * size] += torch.outer(left[i, q, h], torch.cat([right[i, q, h], bias]))
     term = HeadsTerm(left, right, biased, bias_is_zero=is_key)
     assert_consistent(term, linear_rule(4, heads * size, biased), expected, seed)
 
@@ -71,7 +79,7 @@ def test_heads(heads: int, size: int, biased: bool, is_key: bool, seed: int) -> 
 def test_a_frozen_bias_has_no_place(kind: str) -> None:
     rule = linear_rule(4, 6, biased=False, frozen_bias=True)
     left, right = randn(EXAMPLES, 2, 6 if kind == "rows" else 3, seed=0), randn(EXAMPLES, 2, 4, seed=1)
-    term = RowTerm(left, right, False) if kind == "rows" else HeadsTerm(left, right, False, False)
+    term = RowTerm(left, right, False) if kind == "rows" else HeadsTerm(left[:, None], right[:, None], False, False)
     matrices = left.mT @ right if kind == "rows" else torch.einsum("iho,ihd->ihod", left, right).flatten(1, 2)
     assert_consistent(term, rule, matrices)
 
@@ -120,7 +128,7 @@ def test_totals_have_the_terms_own_dtype(kind: str, dtype: torch.dtype) -> None:
         if kind == "rows":
             return RowTerm(left.to(cast), right.to(cast), True)
         if kind == "heads":
-            return HeadsTerm(left.to(cast), right.to(cast), True, False)
+            return HeadsTerm(left[:, None].to(cast), right[:, None].to(cast), True, False)
         return DenseTerm(right.to(cast), (torch.Size([2, 4]),))
 
     weights = randn(EXAMPLES, seed=2)
