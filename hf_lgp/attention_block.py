@@ -92,24 +92,34 @@ class OtherRows:
     Attributes:
         mixers: ``ds`` and ``a`` of all heads, shape ``(m, 2 H, T - 1)``.
         directions: ``u`` and ``d(pooled)`` of all heads, shape ``(m, 2 H, D)``.
+        along: Inner products of directions and normalised rows, shape ``(m, 2 H, T - 1)``.
     """
 
     mixers: Tensor
     directions: Tensor
+    along: Tensor
 
     def rows(self) -> Tensor:
         """Row by row, shape ``(m, T - 1, D)``."""
         return self.mixers.mT @ self.directions
 
-    def total(self, spread: Tensor) -> Tensor:
-        """Their sum before the norm, shape ``(m, D)``, but for the norm's pull along every row itself (one in ``D`` directions).
+    def total(self, normalised: Tensor, spread: Tensor) -> Tensor:
+        """Their sum over rows before the norm, shape ``(m, D)``.
 
         Args:
+            normalised: The normalised rows, shape ``(m, T - 1, D)``.
             spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
         """
-        weights = self.mixers @ spread.to(self.mixers.dtype)
-        total = (weights.mT @ self.directions)[:, 0]
-        return total - total.mean(-1, keepdim=True)
+        spread = spread.to(self.mixers.dtype)
+        total = (self.mixers @ spread).mT @ self.directions
+        total = total - total.mean(-1, keepdim=True)
+        pull = (self.mixers * self.along).sum(1)[..., None] * spread / normalised.shape[-1]
+        return (total - pull.mT @ normalised)[:, 0]
+
+    def sizes(self, spread: Tensor) -> Tensor:
+        """A bound on each row's share of that sum, shape ``(m, T - 1, 1)``."""
+        lengths = torch.linalg.vector_norm(self.directions, dim=-1, dtype=spread.dtype)[..., None]
+        return self.mixers.abs().to(spread.dtype).mT @ lengths * spread
 
 
 class FollowedRows:
@@ -180,14 +190,14 @@ class FollowedRows:
         return wide if self.rows.branches is None else wide * self.rows.branches[position]
 
     def backward(self, delta: Tensor) -> tuple[Tensor, dict[nn.Module | Tensor, PathTerm], OtherRows]:
-        """Gradient of the class row entering the block, and the path's terms.
+        """Gradient of the followed rows entering the block, and the path's terms.
 
         Args:
             delta: Gradient of the followed rows leaving the block, shape ``(m, S, D)``.
 
         Returns:
-            ``(entering, terms, others)``: the gradient of the entering class row, shape ``(m, D)``; a term for every module
-            and loose parameter; the gradient that the other rows receive from the class row.
+            ``(entering, terms, others)``: the gradient of the entering rows, shape ``(m, S, D)``; a term for every module and
+            loose parameter; the gradient that the other rows receive from the class row.
         """
         block = self.block
         wanted = [
@@ -197,6 +207,7 @@ class FollowedRows:
             self.probe,
             self.gained,
             self.scores,
+            self.attention,
             self.pooled,
             self.attended,
             self.mixed,
@@ -213,6 +224,7 @@ class FollowedRows:
             probe,
             gained,
             scores,
+            attention,
             pooled,
             attended,
             mixed,
@@ -245,8 +257,9 @@ class FollowedRows:
         others = OtherRows(
             torch.cat([scores[:, 0, :, 1:], self.attention.detach()[:, 0, :, 1:]], dim=1),
             torch.cat([self.gained.detach()[:, 0], pooled[:, 0]], dim=1),
+            torch.cat([self.scores.detach()[:, 0, :, 1:], attention[:, 0, :, 1:]], dim=1),
         )
-        return entering[:, 0], terms, others
+        return entering, terms, others
 
 
 def _row_term(module: nn.Linear, delta: Tensor, inputs: Tensor) -> RowTerm:

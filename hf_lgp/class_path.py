@@ -8,9 +8,9 @@ travels through the other rows' streams.
 
 Most of that remainder is what the class token reads from other rows in *later* blocks, handed down along the residual stream:
 ``d x_t^l`` is nearly the sum over later blocks ``j`` of what row ``t`` receives from the class row's attention there. Those
-gradients point in nearly one direction for all rows of an example, so one row, the mean of the others with the sum of their
-gradients, stands for them all (a mean-field estimate): it is followed beside the class row through every block but the last.
-Only the queries' gradient is left to the class row.
+gradients point in nearly one direction for all rows of an example, so one row, the mean of the others weighted by what they
+receive, with the sum of their gradients, stands for them all (a mean-field estimate): it is followed beside the class row
+through every block but the last. Only the queries' gradient is left to the class row.
 """
 
 from __future__ import annotations
@@ -142,13 +142,12 @@ class ClassPath:
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
-        normalised, spread = self._normalise(hidden, block.norm_before.eps)
+        normalised, centre, spread = self._normalise(hidden, block.norm_before.eps)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], wide)
+        self._keep("centre", index, centre[:, 1:])
         self._keep("spread", index, spread[:, 1:])
-        if self._means(index):
-            self._keep("mean", index, hidden[:, 1:].mean(1), wide)
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
 
@@ -156,11 +155,10 @@ class ClassPath:
         """Whether the mean row is followed through this block; nothing reaches it in the last one."""
         return self.mean_row and index < len(self.backbone.blocks) - 1
 
-    def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
+    def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """A norm without affine map, means and reciprocal standard deviations, in scratch that the next call overwrites."""
         if hidden.dtype in (torch.float16, torch.bfloat16):  # statistics come in a dtype of the kernel's choosing
-            normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
-            return normalised, spread
+            return torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
         scratch = self._scratch
         if (
             scratch is None
@@ -173,7 +171,7 @@ class ClassPath:
         torch.ops.aten.native_layer_norm.out(
             hidden, hidden.shape[-1:], None, None, eps, out0=scratch[0], out1=scratch[1], out2=scratch[2]
         )
-        return scratch[0], scratch[2]
+        return scratch
 
     def _attending(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -237,16 +235,33 @@ class ClassPath:
             row = F.layer_norm(row, norm.normalized_shape, norm.weight.to(row), norm.bias.to(row), norm.eps)
         return same_features(features, row)
 
-    def _block_rows(self, index: int, rows: slice | None) -> BlockRows:
+    def _block_rows(self, index: int, rows: slice | None, weights: Tensor | None = None) -> BlockRows:
+        """What was noted of one block.
+
+        Args:
+            index: The block.
+            rows: Which examples; None for all.
+            weights: Of the other rows in their mean, shape ``(m, T - 1, 1)``; None to follow the class row alone.
+        """
         part = slice(None) if rows is None else rows
+        followed = self._kept["class", index][part, None]
+        if weights is not None:
+            followed = torch.cat([followed, self._mean_row(index, weights)], dim=1)
         bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
-        followed = [self._kept[name, index][part] for name in ("class", *(["mean"] if self._means(index) else []))]
         return BlockRows(
-            torch.stack(followed, dim=1),
+            followed,
             self._kept["others", index][part],
             None if bias is None else bias[part],
             None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
         )
+
+    def _mean_row(self, index: int, weights: Tensor) -> Tensor:
+        """Weighted mean of the other rows that enter a block, shape ``(m, 1, D)``."""
+        others, centre, spread = (self._kept[name, index] for name in ("others", "centre", "spread"))
+        weights = weights + torch.finfo(weights.dtype).tiny
+        weights = weights / weights.sum(1, keepdim=True)
+        mean = (weights / spread).to(others.dtype).mT @ others
+        return mean.to(weights.dtype) + (weights * centre).sum(1, keepdim=True)
 
     # -- the walk back ---------------------------------------------------------------------------------------------------
 
@@ -270,17 +285,24 @@ class ClassPath:
             if backbone.norm is not None:
                 delta, term = self._through_final_norm(backbone.norm, delta)
                 self._assign(terms, {backbone.norm: term})
-            # Sum of the other rows' gradients, handed down the residual stream.
-            elsewhere, others = torch.zeros_like(delta), None
+            # Sum of the other rows' gradients, handed down the residual stream, and their shares of it.
+            elsewhere, weights = torch.zeros_like(delta), torch.zeros_like(self._kept["spread", 0])
+            suspect, others = torch.zeros_like(delta[:, 0]), None
             for index in reversed(range(len(backbone.blocks))):
-                rows = FollowedRows(backbone.blocks[index], self._block_rows(index, None), graph=True)
-                leaving = [delta, elsewhere] if self._means(index) else [delta]
-                delta, block_terms, others = rows.backward(torch.stack(leaving, dim=1))
+                means = self._means(index)
+                rows = self._block_rows(index, None, weights if means else None)
+                leaving = torch.stack([delta, elsewhere] if means else [delta], dim=1)
+                entering, block_terms, others = FollowedRows(backbone.blocks[index], rows, graph=True).backward(leaving)
                 self._assign(terms, block_terms)
+                delta = entering[:, 0]
+                suspect = suspect + entering[:, 1:].sum((1, 2))
                 if index > 0 and self.mean_row:
-                    elsewhere = elsewhere + others.total(self._kept["spread", index]).to(elsewhere.dtype)
+                    spread = self._kept["spread", index]
+                    elsewhere = elsewhere + others.total(rows.others, spread).to(elsewhere.dtype)
+                    weights = weights + others.sizes(spread)
             assert others is not None
             self._embeddings(terms, delta, others.rows())
+            self.finite = self.finite & suspect.isfinite()
         return [None if term is None else term.only(self.finite) for term in terms]
 
     def _assign(self, terms: list[PathTerm | None], found: Mapping[nn.Module | Tensor, PathTerm]) -> None:
