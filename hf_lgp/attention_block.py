@@ -85,14 +85,15 @@ class BlockRows:
 
 @dataclass(frozen=True)
 class OtherRows:
-    """Gradient of a block's other rows, after the norm without its affine map, as far as the class row reads them.
+    """Gradient of a block's other rows, after the norm without its affine map, as far as the followed rows read them.
 
-    Row ``t`` receives ``ds_t u + a_t d(pooled)`` from every head: a product of the two factors.
+    Row ``t`` receives ``ds_t u + a_t d(pooled)`` from every head of the class row, a product of two factors, and ``a_t d(pooled)``
+    from every head of further rows: their scores are not those of the rows they stand for.
 
     Attributes:
-        mixers: ``ds`` and ``a`` of all heads, shape ``(m, 2 H, T - 1)``.
-        directions: ``u`` and ``d(pooled)`` of all heads, shape ``(m, 2 H, D)``.
-        along: Inner products of directions and normalised rows, shape ``(m, 2 H, T - 1)``.
+        mixers: ``ds`` and ``a`` of all heads, shape ``(m, H + S H, T - 1)``.
+        directions: ``u`` and ``d(pooled)`` of all heads, shape ``(m, H + S H, D)``.
+        along: Inner products of directions and normalised rows, shape ``(m, H + S H, T - 1)``.
     """
 
     mixers: Tensor
@@ -197,7 +198,7 @@ class FollowedRows:
 
         Returns:
             ``(entering, terms, others)``: the gradient of the entering rows, shape ``(m, S, D)``; a term for every module and
-            loose parameter; the gradient that the other rows receive from the class row.
+            loose parameter; the gradient that the other rows receive.
         """
         block = self.block
         wanted = [
@@ -254,10 +255,11 @@ class FollowedRows:
                 factor = 1.0 if self.rows.branches is None else self.rows.branches[position]
                 gradient = (into * branch.detach().to(into.dtype) * factor).sum(1, keepdim=True)
                 terms[scale] = DenseTerm(gradient, (scale.shape,))
+        weights, reads = self.attention.detach()[..., 1:], attention[..., 1:]
         others = OtherRows(
-            torch.cat([scores[:, 0, :, 1:], self.attention.detach()[:, 0, :, 1:]], dim=1),
-            torch.cat([self.gained.detach()[:, 0], pooled[:, 0]], dim=1),
-            torch.cat([self.scores.detach()[:, 0, :, 1:], attention[:, 0, :, 1:]], dim=1),
+            torch.cat([scores[:, 0, :, 1:], weights.flatten(1, 2)], dim=1),
+            torch.cat([self.gained.detach()[:, 0], pooled.flatten(1, 2)], dim=1),
+            torch.cat([self.scores.detach()[:, 0, :, 1:], reads.flatten(1, 2)], dim=1),
         )
         return entering, terms, others
 
