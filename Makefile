@@ -46,5 +46,7 @@ types: $(STAMP) ## check types
 .PHONY: gpu-check
 gpu-check: ## run GPU tests and benchmarks on the accelerator at hand: make gpu-check PY=python3 CIFAR=folder
 	$(PY) -m pytest -m gpu -p no:cacheprovider tests
-	$(PY) benchmarks/step_cost.py --vit width-384 vit-small-16 vit-base-16 --fraction 1.0 0.5 0.25 --output benchmarks/results
-	$(PY) benchmarks/predictability.py --data $(CIFAR) --workers 8 --name predictability_gpu --output benchmarks/results
+	$(PY) benchmarks/step_cost.py --vit width-384 vit-small-16 vit-base-16 --fraction 0.5 0.25
+	$(PY) benchmarks/predictability.py --data $(CIFAR) --workers 8 --name predictability_gpu
+	$(PY) benchmarks/extra_variance.py --data $(CIFAR) --name extra_variance_gpu
+	$(PY) benchmarks/worth.py --data $(CIFAR) --name worth_gpu

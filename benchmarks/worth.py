@@ -115,9 +115,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--name", default="worth", help="name of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    path = options.output / "worth.json"
+    path = options.output / f"{options.name}.json"
     cells: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if path.is_file() else []
     data = Augmented(*load_cifar(options.data, "train"))
     test = load_cifar(options.data, "test")

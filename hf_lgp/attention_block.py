@@ -73,12 +73,15 @@ class BlockRows:
         entering: The rows that are followed as they enter the block, class row first, shape ``(m, S, D)``.
         others: The other rows after the norm without its affine map, shape ``(m, T - 1, D)``, in the dtype of the
             computation.
+        normalised: The followed rows but the class row after the norm without its affine map, shape ``(m, S - 1, D)``; None if
+            the class row alone is followed.
         bias: Added to the followed rows' scores, shape ``(m, S, H or 1, T)``, or None.
         branches: Factors that dropout gave the followed rows of the two branches, shape ``(m, S, D)`` each, or None.
     """
 
     entering: Tensor
     others: Tensor
+    normalised: Tensor | None = None
     bias: Tensor | None = None
     branches: tuple[Tensor, Tensor] | None = None
 
@@ -152,7 +155,9 @@ class FollowedRows:
             return F.linear(rows, weight(module), None if module.bias is None else module.bias.detach().to(dtype))
 
         self.entering = self.rows.entering.detach().requires_grad_()
-        self.own = F.layer_norm(self.entering, (width,), eps=block.norm_before.eps).to(dtype)
+        self.own = F.layer_norm(self.entering[:, :1], (width,), eps=block.norm_before.eps).to(dtype)
+        if self.rows.normalised is not None:
+            self.own = torch.cat([self.own, self.rows.normalised], dim=1)
         gain, shift = (p.detach().to(dtype) for p in (block.norm_before.weight, block.norm_before.bias))
         self.queried = self.own * gain + shift
         self.query = linear(block.query, self.queried)

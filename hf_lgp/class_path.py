@@ -142,11 +142,10 @@ class ClassPath:
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
-        normalised, centre, spread = self._normalise(hidden, block.norm_before.eps)
+        normalised, spread = self._normalise(hidden, block.norm_before.eps)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], wide)
-        self._keep("centre", index, centre[:, 1:])
         self._keep("spread", index, spread[:, 1:])
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
@@ -155,10 +154,11 @@ class ClassPath:
         """Whether the mean row is followed through this block; nothing reaches it in the last one."""
         return self.mean_row and index < len(self.backbone.blocks) - 1
 
-    def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """A norm without affine map, means and reciprocal standard deviations, in scratch that the next call overwrites."""
+    def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
         if hidden.dtype in (torch.float16, torch.bfloat16):  # statistics come in a dtype of the kernel's choosing
-            return torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
+            normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
+            return normalised, spread
         scratch = self._scratch
         if (
             scratch is None
@@ -171,7 +171,7 @@ class ClassPath:
         torch.ops.aten.native_layer_norm.out(
             hidden, hidden.shape[-1:], None, None, eps, out0=scratch[0], out1=scratch[1], out2=scratch[2]
         )
-        return scratch
+        return scratch[0], scratch[2]
 
     def _attending(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -180,7 +180,7 @@ class ClassPath:
         mask = mask.detach()
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
-        rows = self._followed(mask.transpose(1, 2), index)
+        rows = self._followed(mask.expand(-1, -1, self._kept["others", index].shape[1] + 1, -1).transpose(1, 2), index)
         self._keep("bias", index, rows.expand(self._examples, *rows.shape[1:])[self._chosen])
 
     def _followed(self, rows: Tensor, index: int) -> Tensor:
@@ -198,7 +198,11 @@ class ClassPath:
         before, after = args[0].detach()[self._chosen], output.detach()[self._chosen]
         if not self._means(index):
             before, after = before[:, :1], after[:, :1]
-        factor = self._followed(torch.where(before == 0, torch.zeros_like(after), after / before), index)
+        # What an earlier dropout zeroed says nothing of this one.
+        known = before != 0
+        factor = torch.where(known, after / before, torch.zeros_like(after))
+        mean = factor[:, 1:].sum(1, keepdim=True) / known[:, 1:].sum(1, keepdim=True).clamp(min=1)
+        factor = torch.cat([factor[:, :1], mean], dim=1)[:, : 1 + self._means(index)]
         earlier = self._get(f"branch {call}", index)
         first = module is next(d for d in self.backbone.blocks[index].dropouts if is_active(d))
         wide = torch.promote_types(factor.dtype, torch.float32)
@@ -244,24 +248,30 @@ class ClassPath:
             weights: Of the other rows in their mean, shape ``(m, T - 1, 1)``; None to follow the class row alone.
         """
         part = slice(None) if rows is None else rows
-        followed = self._kept["class", index][part, None]
+        followed, normalised = self._kept["class", index][part, None], None
         if weights is not None:
-            followed = torch.cat([followed, self._mean_row(index, weights)], dim=1)
+            mean, normalised = self._mean_row(index, weights)
+            followed = torch.cat([followed, mean], dim=1)
         bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
         return BlockRows(
             followed,
             self._kept["others", index][part],
+            normalised,
             None if bias is None else bias[part],
             None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
         )
 
-    def _mean_row(self, index: int, weights: Tensor) -> Tensor:
-        """Weighted mean of the other rows that enter a block, shape ``(m, 1, D)``."""
-        others, centre, spread = (self._kept[name, index] for name in ("others", "centre", "spread"))
+    def _mean_row(self, index: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean of the other rows that enter a block and of the same rows normalised, shape ``(m, 1, D)`` each.
+
+        The former lacks its own mean over ``D``, which no norm feels. A mean of normalised rows is shorter than a normalised mean,
+        whose attention would be sharper than that of any row.
+        """
+        others, spread = self._kept["others", index], self._kept["spread", index]
         weights = weights + torch.finfo(weights.dtype).tiny
         weights = weights / weights.sum(1, keepdim=True)
-        mean = (weights / spread).to(others.dtype).mT @ others
-        return mean.to(weights.dtype) + (weights * centre).sum(1, keepdim=True)
+        means = torch.cat([weights / spread, weights], dim=2).to(others.dtype).mT @ others
+        return means[:, :1].to(weights.dtype), means[:, 1:]
 
     # -- the walk back ---------------------------------------------------------------------------------------------------
 
