@@ -10,7 +10,7 @@ Most of that remainder is what the class token reads from other rows in *later* 
 ``d x_t^l`` is nearly the sum over later blocks ``j`` of what row ``t`` receives from the class row's attention there. Those
 gradients point in nearly one direction for all rows of an example, so one row, the mean of the others weighted by what they
 receive, with the sum of their gradients, stands for them all (a mean-field estimate): it is followed beside the class row
-through every block but the last. Only the queries' gradient is left to the class row.
+through the first two thirds of the blocks. Only the queries' gradient is left to the class row.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ class ClassPath:
             self._branch_calls[dropout] = 0
 
     def _means(self, index: int) -> bool:
-        """Whether the mean row is followed through this block; nothing reaches it in the last one."""
-        return self.mean_row and index < len(self.backbone.blocks) - 1
+        """Whether the mean row is followed through this block: late in the stack the class row leaves little over."""
+        return self.mean_row and index < min(len(self.backbone.blocks) - 1, -(-2 * len(self.backbone.blocks) // 3))
 
     def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
@@ -180,14 +180,13 @@ class ClassPath:
         mask = mask.detach()
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
-        rows = self._followed(mask.expand(-1, -1, self._kept["others", index].shape[1] + 1, -1).transpose(1, 2), index)
+        rows = mask[:, :, :1].transpose(1, 2)
+        if self._means(index):
+            mean = (mask if mask.shape[2] == 1 else mask[:, :, 1:]).mean(2)[:, None]
+            # Rows that share no key have no mean attention; a row that sees everything stands for them as well as any.
+            some = mean.amax(-1, keepdim=True) > -torch.inf
+            rows = torch.cat([rows, torch.where(some, mean, torch.zeros_like(mean))], dim=1)
         self._keep("bias", index, rows.expand(self._examples, *rows.shape[1:])[self._chosen])
-
-    def _followed(self, rows: Tensor, index: int) -> Tensor:
-        """The class row, and the mean of the others where it is followed: ``(b, T, ...)`` to ``(b, S, ...)``."""
-        if not self._means(index):
-            return rows[:, :1]
-        return torch.stack([rows[:, 0], rows[:, 1:].mean(1)], dim=1)
 
     @torch.no_grad()
     def _dropped(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -37,7 +37,10 @@ class PathTerm(ABC):
 
     @abstractmethod
     def only(self, finite: Tensor) -> PathTerm:
-        """The same with zeros, whatever stood there, for the examples outside of ``finite``, bool ``(m,)``."""
+        """The same with zero output gradients, whatever stood there, for the examples outside of ``finite``, bool ``(m,)``.
+
+        Inputs are left alone: where they are not finite, nor are the logits and the loss.
+        """
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class RowTerm(PathTerm):
         return Factors(self.left[examples], self.right[examples], self.left.shape[-1], ones=self.biased)
 
     def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
-        return replace(self, left=_only(self.left, finite), right=_only(self.right, finite))
+        return replace(self, left=_only(self.left, finite))
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class HeadsTerm(PathTerm):
         return Factors(rows, right, heads * size, ones=self.biased and not self.bias_is_zero)
 
     def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
-        return replace(self, left=_only(self.left, finite), right=_only(self.right, finite))
+        return replace(self, left=_only(self.left, finite))
 
 
 @dataclass(frozen=True)
