@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention_block import AttentionBlock
-from .class_path import Backbone
+from .row_notes import Backbone
 
 
 @dataclass(frozen=True)

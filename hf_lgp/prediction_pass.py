@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_block import BlockRows, FollowedRows
-from .class_path import Backbone, ClassPath, compute_dtype, is_active
+from .row_notes import Backbone, RowNotes, compute_dtype, is_active
 
 
 class PredictionPass:
@@ -27,7 +27,7 @@ class PredictionPass:
     """
 
     def __init__(
-        self, backbone: Backbone, until_last: Callable[[Mapping[str, Any]], Tensor | None], path: ClassPath | None
+        self, backbone: Backbone, until_last: Callable[[Mapping[str, Any]], Tensor | None], path: RowNotes | None
     ) -> None:
         self.backbone, self.path = backbone, path
         self._until_last = until_last
