@@ -23,7 +23,7 @@ class LGPSettings:
         observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts; 0 to choose:
             2 where the class path does most of the work, 1 where the regression is alone.
         refit_steps: Micro-batches between two fits of the regression; 0 to choose: 8 with the class path, 4 without.
-        basis_steps: Micro-batches between two moves of the bases; 0 to choose: 16 with the class path, 8 without.
+        basis_steps: Micro-batches between two moves of the bases; 0 to choose: 16 with the class path, 12 without.
         class_path: Whether to use the class-token path where the model has one.
         seed: Seed of the private random stream that draws the control examples.
         head: Qualified name of the classification head; empty to find it.
@@ -80,7 +80,7 @@ class LGPSettings:
         Args:
             on_path: Whether the class path is followed.
         """
-        observe, refit, basis = (2, 8, 16) if on_path else (1, 4, 8)
+        observe, refit, basis = (2, 8, 16) if on_path else (1, 4, 12)
         return replace(
             self,
             observe_steps=self.observe_steps or observe,
