@@ -65,7 +65,7 @@ class LGPTrainingArguments(TrainingArguments):
         default=0,
         metadata={
             "help": "Micro-batches between two moves of the bases that gradients are stored in. "
-            "0: 16 with the class path, 8 without."
+            "0: 16 with the class path, 12 without."
         },
     )
     lgp_class_path: bool = field(

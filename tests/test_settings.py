@@ -96,6 +96,6 @@ def test_zero_leaves_the_choice_to_whether_there_is_a_path() -> None:
         return settings.observe_steps, settings.refit_steps, settings.basis_steps
 
     assert steps(LGPSettings().resolved(on_path=True)) == (2, 8, 16)
-    assert steps(LGPSettings().resolved(on_path=False)) == (1, 4, 8)
+    assert steps(LGPSettings().resolved(on_path=False)) == (1, 4, 12)
     own = LGPSettings(observe_steps=3, refit_steps=5, basis_steps=7, rank=4)
     assert own.resolved(on_path=True) == own.resolved(on_path=False) == own
