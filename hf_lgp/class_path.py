@@ -157,10 +157,18 @@ def _norm_backward(delta: Tensor, normalised: Tensor, spread: Tensor) -> Tensor:
     return (centred - normalised * (delta * normalised).mean(-1, keepdim=True)) * spread
 
 
-def same_features(expected: Tensor, actual: Tensor) -> bool:
-    """Whether the first columns of the head's input are ``actual`` but for rounding; waits for the device."""
+def same_features(expected: Tensor, actual: Tensor, exactly: bool = False) -> bool:
+    """Whether the head's input begins with ``actual``; waits for the device.
+
+    Args:
+        expected: The head's input, shape ``(b, D')``.
+        actual: Rows to compare its first columns with, shape ``(b, D)``.
+        exactly: Whether they must be all of it, and the same but for rounding; else a twentieth of its size is tolerated.
+    """
     width = actual.shape[-1]
-    if expected.dim() != 2 or expected.shape[-1] < width:
+    if expected.dim() != 2 or expected.shape[-1] < width or (exactly and expected.shape != actual.shape):
         return False
+    narrow = expected.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(expected.device.type)
+    tolerance = 0.05 if not exactly else 0.02 if narrow else 1e-3
     difference = (expected[:, :width] - actual).float().norm()
-    return bool(difference.isfinite() & (difference <= 0.05 * expected[:, :width].float().norm()))
+    return bool(difference.isfinite() & (difference <= tolerance * expected[:, :width].float().norm()))

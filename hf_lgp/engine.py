@@ -7,7 +7,7 @@ or :meth:`LGPEngine.spliced`, and calls :meth:`LGPEngine.finish`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .families import find_backbone
 from .injection import Splice, splice_head
 from .observer import MEASURED_EXAMPLES, Observation, Observer
 from .path_terms import PathTerm
-from .prediction_pass import PredictionPass
+from .prediction_pass import prediction_pass
 from .predictor import GradientPredictor
 from .rules import coverage, trunk_rules
 from .settings import LGPSettings
@@ -60,9 +60,7 @@ class LGPEngine:
             )
         backbone = find_backbone(model)
         self.path = ClassPath(backbone, self.rules) if backbone is not None and settings.class_path else None
-        self.shortcut: PredictionPass | None = None
-        if backbone is not None and backbone.until_last is not None:
-            self.shortcut = PredictionPass(backbone, backbone.until_last, self.path)
+        self.shortcut = None if backbone is None else prediction_pass(model, head, backbone, self.path)
         self.settings = settings = settings.resolved(self.path is not None)
         self.coverage = coverage(self.rules, model, head)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
@@ -125,7 +123,7 @@ class LGPEngine:
 
         Args:
             inputs: The model's inputs for the prediction examples, without labels.
-            forward: Runs the model on them; called unless the class path has a cheaper pass of its own.
+            forward: Runs the model on them; called unless the backbone has a cheaper pass of its own.
             examples: Size ``m`` of the micro-batch.
             controls: Number ``m_c`` of control examples.
         """
@@ -172,7 +170,7 @@ class LGPEngine:
                     self._give_up_path()
                 if self.shortcut is not None:
                     features = self.shortcut.features(inputs)
-                    if features is None or not same_features(expected, features):
+                    if features is None or not same_features(expected, features, exactly=True):
                         self.shortcut = None
             finally:
                 self._collecting = False
@@ -180,12 +178,40 @@ class LGPEngine:
                     self.path.disarm()
         return self.path is not None
 
+    def verify_shortcut(
+        self, inputs: Mapping[str, Any], forward: Callable[[], Any], seeded: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        """Check the shorter prediction pass once more, in training mode: nothing may be drawn where it does not go.
+
+        Args:
+            inputs: The model's inputs for a few examples, without labels.
+            forward: Runs the model on them with the random numbers that ``seeded`` gives.
+            seeded: A context with the same random numbers at every entry.
+        """
+        if self.shortcut is None:
+            return
+        path, self.shortcut.path = self.shortcut.path, None
+        self._collecting = True
+        try:
+            with torch.no_grad():
+                with seeded():
+                    features = self.shortcut.features(inputs)
+                forward()
+        finally:
+            self._collecting = False
+            self.shortcut.path = path
+        assert self._collected is not None
+        expected, self._collected = self._collected[0], None
+        if features is not None and not same_features(expected, features, exactly=True):
+            self.shortcut = None
+
     def _give_up_path(self) -> None:
         assert self.path is not None
         self.path.close()
         self.path = self.observer.path = self.shortcut = None
         settings = self._given.resolved(on_path=False)
         self.settings = self.controller.settings = self.observer.settings = settings
+        self.predictor.memory = settings.memory_steps / settings.observe_steps
 
     @contextmanager
     def spliced(self, order: Tensor, controls: int, weight: float | Tensor) -> Iterator[None]:

@@ -131,6 +131,7 @@ def find_backbone(model: nn.Module) -> Backbone | None:
         patches=convolution,
         tokens=[token for token in tokens if isinstance(token, nn.Parameter)],
         positions=positions if isinstance(positions, nn.Parameter) else None,
+        embeddings=embeddings,
         until_last=_until_last(embeddings, blocks, convolution) if blocks[0].plain else None,
     )
 

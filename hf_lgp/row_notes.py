@@ -27,6 +27,7 @@ class Backbone:
         patches: The convolution that makes the patch rows, which are the last rows.
         tokens: Parameters that enter as rows of their own, in row order, class token first.
         positions: Position table, one row per row of the first block's input, or None.
+        embeddings: The module that makes the first block's input.
         until_last: Runs the model up to the last block, ``inputs -> hidden states`` or None for inputs it does not
             know; None if the head needs more of the last block than the class row.
     """
@@ -36,6 +37,7 @@ class Backbone:
     patches: nn.Conv2d | None
     tokens: list[nn.Parameter]
     positions: nn.Parameter | None
+    embeddings: nn.Module | None
     until_last: Callable[[Mapping[str, Any]], Tensor | None] | None
 
 
@@ -97,6 +99,7 @@ class RowNotes:
             handle.remove()
         self._handles.clear()
         self._kept.clear()
+        self._scratch = None
 
     def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> None:
         key, shape = (name, index), (self._total, *values.shape[1:])
@@ -137,20 +140,26 @@ class RowNotes:
         scratch = self._scratch
         if (
             scratch is None
-            or scratch[0].shape != hidden.shape
+            or scratch[0].shape[1:] != hidden.shape[1:]
+            or len(scratch[0]) < len(hidden)
             or scratch[0].dtype != hidden.dtype
             or scratch[0].device != hidden.device
         ):
-            rows = hidden.new_empty(*hidden.shape[:-1], 1)
-            scratch = self._scratch = (torch.empty_like(hidden), rows, rows.clone())
+            whole = hidden.new_empty(max(self._total, len(hidden)), *hidden.shape[1:])
+            scratch = self._scratch = (
+                whole,
+                whole.new_empty(*whole.shape[:-1], 1),
+                whole.new_empty(*whole.shape[:-1], 1),
+            )
+        normalised, mean, spread = (part[: len(hidden)] for part in scratch)
         torch.ops.aten.native_layer_norm.out(
-            hidden, hidden.shape[-1:], None, None, eps, out0=scratch[0], out1=scratch[1], out2=scratch[2]
+            hidden, hidden.shape[-1:], None, None, eps, out0=normalised, out1=mean, out2=spread
         )
-        return scratch[0], scratch[2]
+        return normalised, spread
 
     def _attending(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if self._rows is None or not isinstance(mask, Tensor):
+        if self._rows is None or not isinstance(mask, Tensor) or mask.dim() != 4:
             return
         mask = mask.detach()
         if mask.dtype == torch.bool:

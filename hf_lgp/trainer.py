@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import safetensors.torch
@@ -95,8 +96,11 @@ class LGPTrainer(Trainer):
         assert examples is not None
         few = part_of(inputs, torch.arange(2, device=self.args.device), examples, without=self.label_names)
 
+        def seeded() -> AbstractContextManager[Any]:
+            return private_randomness(self.args.device, settings.seed)
+
         def probe() -> Any:
-            with torch.no_grad(), private_randomness(self.args.device, settings.seed):
+            with torch.no_grad(), seeded():
                 return unwrapped(**few)
 
         if settings.head:
@@ -109,6 +113,8 @@ class LGPTrainer(Trainer):
         try:
             with self.accelerator.autocast():
                 on_path = engine.verify_backbone(few, probe, 2)
+                unwrapped.train()
+                engine.verify_shortcut(few, probe, seeded)
         finally:
             unwrapped.train(training)
         logger.info(

@@ -70,7 +70,9 @@ class LGPTrainingArguments(TrainingArguments):
     )
     lgp_class_path: bool = field(
         default=True,
-        metadata={"help": "Follow the gradient along the class token exactly, in models whose head reads one."},
+        metadata={
+            "help": "Compute the gradient along the class token, with one mean row for all others, in models whose head reads it."
+        },
     )
     lgp_seed: int = field(
         default=0,
