@@ -61,8 +61,9 @@ def extra_variance() -> str | None:
         ["median over tensors", *(f"{steps[s]['median']:.2f}" for s in steps)],
         ["worst tensor", *(f"{steps[s]['worst']:.2f}" for s in steps)],
         ["whole gradient", *(f"{steps[s]['whole_gradient']:.2f}" for s in steps)],
-        ["whole gradient, entries scaled as Adam does", *(f"{steps[s]['in_adam_units']:.2f}" for s in steps)],
     ]
+    if all("in_adam_units" in measured for measured in steps.values()):
+        rows.append(["entries scaled as Adam does", *(f"{steps[s]['in_adam_units']:.2f}" for s in steps)])
     header = "extra variance over the exact gradient of the batch (0 is exact, 3 is no prediction)"
     return table([header, *(f"step {int(s):,}" for s in steps)], rows)
 
