@@ -44,7 +44,7 @@ def predictability() -> str | None:
         ["ρ²", *phases],
         [
             row("path and regression, mean over tensors", both, "rho2_layer_mean"),
-            row("class-token path alone", both, "rho2_path_alone"),
+            row("path alone (class token and mean row)", both, "rho2_path_alone"),
             row("regression alone, as for models without a class token", alone, "rho2_layer_mean"),
             row("path and regression, weighted by gradient energy, which the embeddings dominate", both, "rho2_raw"),
         ],
