@@ -6,7 +6,7 @@ output projection and the MLP of those rows need not be computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,21 +21,13 @@ class PredictionPass:
     """A cheaper forward for one backbone.
 
     Args:
-        backbone: The backbone.
-        until_last: Runs the model up to its last block.
+        backbone: The backbone, with a way to run it up to its last block.
         path: The class path that is to note the rows on their way, if it is followed.
         skipped: Modules of the model that this pass does not call.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        until_last: Callable[[Mapping[str, Any]], Tensor | None],
-        path: RowNotes | None,
-        skipped: Iterable[nn.Module] = (),
-    ) -> None:
+    def __init__(self, backbone: Backbone, path: RowNotes | None, skipped: Iterable[nn.Module] = ()) -> None:
         self.backbone, self.path = backbone, path
-        self._until_last = until_last
         # Whatever draws at random outside of the modules run here has its say only in a forward of the whole model.
         self._random = [module for module in skipped if hasattr(module, "p") or hasattr(module, "drop_prob")]
 
@@ -51,7 +43,7 @@ class PredictionPass:
         last, norm = self.backbone.blocks[-1], self.backbone.norm
         if any(is_active(module) for module in (*last.dropouts, *self._random)) or last.attention_dropout() > 0.0:
             return None
-        hidden = self._until_last(inputs)
+        hidden = None if self.backbone.until_last is None else self.backbone.until_last(inputs)
         if hidden is None:
             return None
         if self.path is not None:
@@ -80,7 +72,7 @@ def prediction_pass(
         backbone: Its backbone.
         path: The class path, if it is followed.
     """
-    if backbone.until_last is None or backbone.embeddings is None:
+    if backbone.until_last is None:
         return None
     last = backbone.blocks[-1]
     parts = [
@@ -99,4 +91,4 @@ def prediction_pass(
     if any(parameter not in parameters for parameter in model.parameters()):
         return None  # an adapter, a second head: something this pass would run past
     called = {module for part in run for module in part.modules()}
-    return PredictionPass(backbone, backbone.until_last, path, [m for m in model.modules() if m not in called])
+    return PredictionPass(backbone, path, [m for m in model.modules() if m not in called])

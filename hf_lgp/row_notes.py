@@ -37,7 +37,7 @@ class Backbone:
     patches: nn.Conv2d | None
     tokens: list[nn.Parameter]
     positions: nn.Parameter | None
-    embeddings: nn.Module | None
+    embeddings: nn.Module
     until_last: Callable[[Mapping[str, Any]], Tensor | None] | None
 
 

@@ -412,8 +412,7 @@ def features_of(path: ClassPath, inputs: dict[str, Tensor], rows: slice = slice(
     path.start(EXAMPLES)
     path.arm(rows)
     with torch.no_grad():
-        assert path.backbone.until_last is not None
-        features = PredictionPass(path.backbone, path.backbone.until_last, path).features(inputs)
+        features = PredictionPass(path.backbone, path).features(inputs)
     path.disarm()
     return features
 
@@ -429,9 +428,8 @@ def test_features_are_the_head_input(family: str, training: bool, layers: int) -
     assert features is not None
     torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
     path.close()
-    assert path.backbone.until_last is not None
     with torch.no_grad():
-        alone = PredictionPass(path.backbone, path.backbone.until_last, None).features(inputs)
+        alone = PredictionPass(path.backbone, None).features(inputs)
     assert alone is not None
     torch.testing.assert_close(alone, expected, rtol=1e-12, atol=1e-12)
 
