@@ -64,6 +64,20 @@ class AttentionBlock:
     attention_dropout: Callable[[], float] = lambda: 0.0
     plain: bool = False
 
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Norms and linear layers, as the hidden states pass them."""
+        return (
+            self.norm_before,
+            self.query,
+            self.key,
+            self.value,
+            self.output,
+            self.norm_after,
+            self.expand,
+            self.contract,
+        )
+
 
 @dataclass(frozen=True)
 class BlockRows:
@@ -103,22 +117,26 @@ class OtherRows:
     directions: Tensor
     along: Tensor
 
-    def rows(self) -> Tensor:
-        """Row by row, shape ``(m, T - 1, D)``."""
-        return self.mixers.mT @ self.directions
-
-    def total(self, normalised: Tensor, spread: Tensor) -> Tensor:
-        """Their sum over rows before the norm, shape ``(m, D)``.
+    def rows(self, normalised: Tensor, spread: Tensor) -> Tensor:
+        """Gradient of the rows before the norm, row by row, shape ``(m, T - 1, D)``.
 
         Args:
             normalised: The normalised rows, shape ``(m, T - 1, D)``.
             spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
         """
+        mixers, centred, pull = self._through_norm(normalised, spread)
+        return torch.baddbmm(normalised * pull, mixers.mT, centred, beta=-1)
+
+    def total(self, normalised: Tensor, spread: Tensor) -> Tensor:
+        """The sum of :meth:`rows` over rows, shape ``(m, D)``, without forming them."""
+        mixers, centred, pull = self._through_norm(normalised, spread)
+        return (mixers.sum(-1)[:, None] @ centred - pull.mT @ normalised)[:, 0]
+
+    def _through_norm(self, normalised: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A norm's backward in factors: mixers and centred directions, less each row's own direction times ``pull``."""
         spread = spread.to(self.mixers.dtype)
-        total = (self.mixers @ spread).mT @ self.directions
-        total = total - total.mean(-1, keepdim=True)
         pull = (self.mixers * self.along).sum(1)[..., None] * spread / normalised.shape[-1]
-        return (total - pull.mT @ normalised)[:, 0]
+        return self.mixers * spread.mT, self.directions - self.directions.mean(-1, keepdim=True), pull
 
     def sizes(self, spread: Tensor) -> Tensor:
         """A bound on each row's share of that sum, shape ``(m, T - 1, 1)``."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_block import FollowedRows
+from .attention_block import FollowedRows, OtherRows
 from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
 from .row_notes import Backbone, RowNotes
 from .rules import BroadcastRule, ConvRule, Rule, ScaleRule
@@ -108,7 +108,7 @@ class ClassPath(RowNotes):
                     elsewhere = elsewhere + others.total(rows.others, spread).to(elsewhere.dtype)
                     weights = weights + others.sizes(spread)
             assert others is not None
-            self._embeddings(terms, delta, others.rows())
+            self._embeddings(terms, delta, others)
             self.finite = self.finite & suspect.isfinite()
         return [None if term is None else term.only(self.finite) for term in terms]
 
@@ -129,8 +129,8 @@ class ClassPath(RowNotes):
         term = DenseTerm(torch.stack([delta * normalised, delta], dim=1), (norm.weight.shape, norm.bias.shape))
         return _norm_backward(delta * norm.weight, normalised, spread), term
 
-    def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, others: Tensor) -> None:
-        rest = _norm_backward(others, self._kept["others", 0], self._kept["spread", 0].to(others.dtype))
+    def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, others: OtherRows) -> None:
+        rest = others.rows(self._kept["others", 0], self._kept["spread", 0])
         # What is not finite anywhere on an example's way is not finite at its end.
         self.finite = (delta.sum(1) + rest.sum((1, 2), dtype=delta.dtype)).isfinite()
         backbone = self.backbone

@@ -132,13 +132,11 @@ def find_backbone(model: nn.Module) -> Backbone | None:
         tokens=[token for token in tokens if isinstance(token, nn.Parameter)],
         positions=positions if isinstance(positions, nn.Parameter) else None,
         embeddings=embeddings,
-        until_last=_until_last(embeddings, blocks, convolution) if blocks[0].plain else None,
+        embed=_embed(embeddings, convolution) if blocks[0].plain else None,
     )
 
 
-def _until_last(
-    embeddings: nn.Module, blocks: list[AttentionBlock], convolution: nn.Conv2d | None
-) -> Callable[[Mapping[str, Any]], Tensor | None]:
+def _embed(embeddings: nn.Module, convolution: nn.Conv2d | None) -> Callable[[Mapping[str, Any]], Tensor | None]:
     known = {"pixel_values", "interpolate_pos_encoding"}
 
     def run(inputs: Mapping[str, Any]) -> Tensor | None:
@@ -147,9 +145,6 @@ def _until_last(
         pixels = inputs["pixel_values"].to(convolution.weight.dtype)
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         hidden: Tensor = embeddings(pixels, **others)
-        for block in blocks[:-1]:
-            output = block.module(hidden)
-            hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
     return run

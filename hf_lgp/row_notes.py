@@ -28,8 +28,8 @@ class Backbone:
         tokens: Parameters that enter as rows of their own, in row order, class token first.
         positions: Position table, one row per row of the first block's input, or None.
         embeddings: The module that makes the first block's input.
-        until_last: Runs the model up to the last block, ``inputs -> hidden states`` or None for inputs it does not
-            know; None if the head needs more of the last block than the class row.
+        embed: Makes the first block's input, ``inputs -> hidden states`` or None for inputs it does not know; None if the
+            blocks take more than hidden states or the head more of the last block than the class row.
     """
 
     blocks: list[AttentionBlock]
@@ -38,7 +38,7 @@ class Backbone:
     tokens: list[nn.Parameter]
     positions: nn.Parameter | None
     embeddings: nn.Module
-    until_last: Callable[[Mapping[str, Any]], Tensor | None] | None
+    embed: Callable[[Mapping[str, Any]], Tensor | None] | None
 
 
 class RowNotes:
@@ -88,6 +88,11 @@ class RowNotes:
         """
         self._rows, self._chosen = rows, chosen
 
+    @property
+    def armed(self) -> slice:
+        """Which of the examples the coming forward holds; all of them if nothing is to be noted."""
+        return slice(0, self._total) if self._rows is None else self._rows
+
     def disarm(self) -> None:
         """Stop noting."""
         self._rows = None
@@ -117,10 +122,11 @@ class RowNotes:
 
     def _entering(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._rows is not None:
-            self._note(index, args[0] if args else kwargs["hidden_states"])
+            self.note(index, args[0] if args else kwargs["hidden_states"])
 
     @torch.no_grad()
-    def _note(self, index: int, hidden: Tensor) -> None:
+    def note(self, index: int, hidden: Tensor) -> None:
+        """Note rows that enter a block, shape ``(b, T, D)``; hooks call it where the block itself is called."""
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
@@ -207,9 +213,9 @@ class RowNotes:
         self._keep("patches", 0, patches, compute_dtype(patches))
 
     def note_last(self, hidden: Tensor) -> BlockRows:
-        """Note rows that enter the last block without its being called, shape ``(b, T, D)``."""
+        """Note rows that enter the last block and give back what was noted of them, shape ``(b, T, D)``."""
         index = len(self.backbone.blocks) - 1
-        self._note(index, hidden)
+        self.note(index, hidden)
         return self.block_rows(index, self._rows)
 
     def note_leaving(self, row: Tensor) -> None:

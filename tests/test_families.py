@@ -41,7 +41,7 @@ def test_the_parts_of_every_family_are_found(family: str) -> None:
     assert backbone.positions is trunk.embeddings.position_embeddings
     names = ["cls_token", "distillation_token"] if family == "deit" else ["cls_token"]
     assert [id(token) for token in backbone.tokens] == [id(getattr(trunk.embeddings, name)) for name in names]
-    assert (backbone.until_last is not None) is (family in ("vit", "deit"))
+    assert (backbone.embed is not None) is (family in ("vit", "deit"))
     stack = blocks_of(model)
     assert len(backbone.blocks) == len(stack) == 3
     for block, module in zip(backbone.blocks, stack, strict=True):

@@ -493,11 +493,13 @@ def test_total_is_the_sum_of_the_rows(examples: int, heads: int, others: int, wi
     normalised = F.layer_norm(hidden, (width,), eps=eps)
     spread = (hidden.detach().var(-1, correction=0, keepdim=True) + eps).rsqrt()
     rows = OtherRows(mixers, directions, directions @ normalised.detach().mT)
-    (through,) = torch.autograd.grad(normalised, hidden, rows.rows(), retain_graph=True)
+    arriving = mixers.mT @ directions
+    (through,) = torch.autograd.grad(normalised, hidden, arriving, retain_graph=True)
     total, sizes = rows.total(normalised.detach(), spread), rows.sizes(spread)
+    torch.testing.assert_close(rows.rows(normalised.detach(), spread), through, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(total, through.sum(1), rtol=1e-9, atol=1e-9)
     # Written out from the rows: their sum, but for what points along ones and along each row.
-    scaled = rows.rows() * spread
+    scaled = arriving * spread
     pull = normalised.detach() * (scaled * normalised.detach()).mean(-1, keepdim=True)
     summed = scaled.sum(1)
     torch.testing.assert_close(total, summed - summed.mean(-1, keepdim=True) - pull.sum(1), rtol=1e-9, atol=1e-9)
