@@ -58,7 +58,7 @@ class RowTerm(PathTerm):
             # One product for both parts: the lift is k more rows.
             over, under = (side.to(left.dtype) for side in lifted)
             left, right = torch.cat([left, over.T]), torch.cat([right, under[: right.shape[1]].T])
-            bias = None if bias is None else bias + over @ under[-1]
+            bias = None if bias is None else bias + lifted[0] @ lifted[1][-1]
         gradient = left.T @ right
         return [gradient] if bias is None else [gradient, bias]
 
@@ -91,7 +91,7 @@ class HeadsTerm(PathTerm):
             over, under = (side.to(left.dtype) for side in lifted)
             below = under[: right.shape[-1]].T[:, None].expand(-1, right.shape[1], -1)
             left, right = torch.cat([left, over.T.unflatten(1, left.shape[1:])]), torch.cat([right, below])
-            bias = None if bias is None else bias + over @ under[-1]
+            bias = None if bias is None else bias + lifted[0] @ lifted[1][-1]
         gradient = torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).flatten(0, 1)
         return [gradient] if bias is None else [gradient, bias]
 

@@ -21,6 +21,7 @@ from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
 from .estimator import relative_cost
 from .head import find_head, named_head
+from .renamed_weights import restore_renamed_weights
 from .settings import LGPSettings
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,7 @@ class LGPTrainer(Trainer):
         self._lgp_steps = {"exact": 0, "predicted": 0}
         self._lgp_cost = 1.0
         self._lgp_nonfinite_seen = 0.0
+        self._lgp_loading: str | None = None
         super().__init__(*args, **kwargs)
         self._lgp_validate()
 
@@ -238,6 +240,19 @@ class LGPTrainer(Trainer):
                 )
                 self._lgp_nonfinite_seen = readings["nonfinite"]
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._lgp_loading = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._lgp_loading = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        skipped, folder = bool(load_result.missing_keys), self._lgp_loading
+        if not (skipped and folder is not None and restore_renamed_weights(self._lgp_model, folder)):
+            super()._issue_warnings_after_load(load_result)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
