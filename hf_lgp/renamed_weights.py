@@ -9,6 +9,7 @@ them by itself.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ def restore_renamed_weights(model: nn.Module | None, checkpoint: str | os.PathLi
     if not isinstance(model, PreTrainedModel):
         return False
     with private_randomness(model.device, 0):
-        loaded, info = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
+        result: Any = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
+    loaded, info = result
     if any(info.get(problem) for problem in ("missing_keys", "mismatched_keys", "error_msgs")):
         return False
     model.load_state_dict(loaded.state_dict(), strict=True)
