@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from .class_path import ClassPath, same_features
 from .controller import Controller
 from .estimator import control_size
+from .exchange import Exchange
 from .families import find_backbone
 from .injection import Splice, splice_head
 from .observer import MEASURED_EXAMPLES, Observation, Observer
@@ -67,14 +68,16 @@ class LGPEngine:
         shapes = [(rule.rows, rule.cols) for rule in self.rules]
         ranks = [settings.rank * rule.rank_factor for rule in self.rules]
         subspace = Subspace(shapes, ranks, seed=settings.seed, device=device, dtype=dtype)
+        exchange = Exchange()
+        gathered = max(settings.observe_examples, 2 * exchange.processes)
         self.predictor = GradientPredictor(
             subspace,
             head.in_features,
             settings.window,
             # Room for what comes in between two fits, and for what the first fit waits for.
             queue=max(
-                settings.observe_examples * -(-settings.refit_steps // settings.observe_steps),
-                settings.warmup_examples + settings.observe_examples,
+                gathered * -(-settings.refit_steps // settings.observe_steps),
+                settings.warmup_examples + gathered,
             ),
             kernel=settings.kernel,
             ridge=settings.ridge,
@@ -83,7 +86,7 @@ class LGPEngine:
             dtype=dtype,
         )
         self.controller = Controller(settings)
-        self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, device)
+        self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, exchange, device)
         self._parameters = [parameter for rule in self.rules for parameter in rule.parameters]
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
         self._collected: tuple[Tensor, Tensor] | None = None
@@ -105,12 +108,12 @@ class LGPEngine:
     def exact(self, examples: int, seed: int) -> Iterator[None]:
         """Observe a plain forward and backward of ``examples`` examples without changing its result."""
         chosen: Tensor | slice = slice(None)
-        if examples > self.settings.observe_examples:
+        if examples > self.observer.examples:
             order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
-            chosen = order[: self.settings.observe_examples].to(self.device, non_blocking=True)
+            chosen = order[: self.observer.examples].to(self.device, non_blocking=True)
         self.observer.current = Observation(examples, chosen, 1.0, examples)
         if self.path is not None:
-            count = min(examples, self.settings.observe_examples)
+            count = min(examples, self.observer.examples)
             self.path.start(count)
             self.path.arm(slice(0, count), chosen)
         with self._armed():
@@ -225,7 +228,7 @@ class LGPEngine:
         Raises:
             SpliceBypassedError: If the forward inside never reached the head.
         """
-        chosen = slice(0, min(controls, self.settings.observe_examples))
+        chosen = slice(0, min(controls, self.observer.examples))
         self.observer.current = Observation(controls, chosen, weight, len(order))
         self._splice = order, weight
         if self.path is not None:

@@ -19,6 +19,7 @@ from .capture import Capture
 from .class_path import ClassPath
 from .controller import Controller
 from .draws import private_seed
+from .exchange import Exchange
 from .factors import Factors
 from .path_terms import PathTerm
 from .predictor import GradientPredictor
@@ -71,6 +72,7 @@ class Observer:
         controller: Says when bases move and when to refit.
         path: The class-token path, or None.
         settings: The method's settings.
+        exchange: Shares what is learnt with other processes.
         device: Where the predictor lives.
 
     Attributes:
@@ -85,17 +87,18 @@ class Observer:
         controller: Controller,
         path: ClassPath | None,
         settings: LGPSettings,
+        exchange: Exchange,
         device: torch.device,
     ) -> None:
         self.rules, self.predictor, self.controller = rules, predictor, controller
-        self.path, self.settings, self.device = path, settings, device
+        self.path, self.settings, self.exchange, self.device = path, settings, exchange, device
         self.capture = Capture(rules, predictor.subspace)
         self.current: Observation | None = None
         self.loss_scale: Tensor | None = None
         like = predictor.subspace.bases(0)[0]
-        self._coordinates = like.new_zeros(settings.observe_examples, predictor.subspace.size)
+        self._coordinates = like.new_zeros(self.examples, predictor.subspace.size)
         self._path_coordinates = torch.zeros_like(self._coordinates)
-        self._energies = like.new_zeros(3, len(rules))
+        self._energies = like.new_zeros(4, len(rules))
         self._moving = False
 
     @property
@@ -105,6 +108,11 @@ class Observer:
         if self.loss_scale is None:
             return 1.0 / self.current.examples
         return self.loss_scale.to(self._coordinates.dtype) / self.current.examples
+
+    @property
+    def examples(self) -> int:
+        """Largest number of exact examples that this process observes per micro-batch."""
+        return max(2, self.settings.observe_examples // self.exchange.processes)
 
     @property
     def watching(self) -> bool:
@@ -121,7 +129,7 @@ class Observer:
             return
         chosen = self.current.chosen
         count = self.current.controls if isinstance(chosen, slice) else len(chosen)
-        count = min(count, self.settings.observe_examples)
+        count = min(count, self.examples)
         self._moving = self.controller.moves_bases and count >= 2
         self.capture.arm(
             self._coordinates[:count], self.current.controls, chosen, self._use_for_bases if self._moving else None
@@ -167,7 +175,7 @@ class Observer:
             self._take(observation, observation.features, observation.pullbacks)
         self.current = self.loss_scale = None
         self.controller.advance()
-        queue_full = self.predictor.waiting + self.settings.observe_examples > self.predictor.queue
+        queue_full = self.predictor.waiting + self.examples * self.exchange.processes > self.predictor.queue
         if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
             with record_function("hf_lgp.refit"):
                 self.predictor.refit()
@@ -175,22 +183,28 @@ class Observer:
 
     def _take(self, observation: Observation, features: Tensor, pullbacks: Tensor) -> None:
         coordinates = self._coordinates[: len(features)] / (self.unit * observation.weight)
-        alignment, path = self.predictor.alignment, observation.path_coordinates
+        predicted, path = observation.predicted, observation.path_coordinates
+        alignment, subspace = self.predictor.alignment, self.predictor.subspace
         with record_function("hf_lgp.observe"):
             targets = coordinates
             if path is not None:
-                targets = coordinates - self.predictor.subspace.per_coordinate(alignment.beta) * path
-            self.predictor.observe(features, pullbacks, targets)
-            if observation.predicted is not None:
-                few = slice(0, len(observation.predicted))
-                self.predictor.measure(coordinates[few], None if path is None else path[few], observation.predicted)
+                targets = coordinates - subspace.per_coordinate(alignment.beta) * path
+            self.predictor.observe(*self.exchange.gather(features, pullbacks, targets))
+            if predicted is not None:
+                measured = [part[: len(predicted)] for part in (coordinates, path) if part is not None]
+                exact, *along, foretold = self.exchange.gather(*measured, predicted)
+                self.predictor.measure(exact, along[0] if along else None, foretold)
         if self._moving:
             with record_function("hf_lgp.move_bases"):
-                if observation.predicted is not None:
-                    few = slice(0, min(_BASIS_EXAMPLES, len(observation.predicted)))
-                    kept = (targets[few] - targets[few].mean(0)).square().sum(0)
-                    error, total, rest = self._energies
-                    alignment.update_energies(error, total, self.predictor.subspace.per_tensor_sums(kept), rest)
+                shared = subspace.pending() if self.exchange.processes > 1 else []
+                if predicted is not None:
+                    few = targets[: min(_BASIS_EXAMPLES, len(predicted))]
+                    self._energies[3] = subspace.per_tensor_sums((few - few.mean(0)).square().sum(0))
+                    shared = [*shared, self._energies]
+                self.exchange.average(shared)
+                if predicted is not None:
+                    error, total, rest, kept = self._energies
+                    alignment.update_energies(error, total, kept, rest)
                 self.predictor.move_bases()
 
     def _use_for_bases(self, position: int, factors: Factors) -> None:

@@ -208,6 +208,14 @@ class Subspace:
         """
         self._products[tensor] = factors.moment_products(*self.bases(tensor))
 
+    def pending(self) -> list[Tensor]:
+        """Accumulated products, to be averaged over processes in place before :meth:`update`; zeros for tensors without any."""
+        for position, (rows, cols) in enumerate(self.shapes):
+            if position not in self._products:
+                left, right = self.bases(position)
+                self._products[position] = left.new_zeros(rows, left.shape[1]), right.new_zeros(cols, right.shape[1])
+        return [product for position in range(len(self.shapes)) for product in self._products[position]]
+
     def update(self, coordinates: Sequence[Tensor]) -> None:
         """Move the bases to the accumulated products and re-express stored coordinates, in place.
 

@@ -1,18 +1,43 @@
-"""Started by torchrun: trains on two processes and checks that all ranks hold the same parameters."""
+"""Started by torchrun: trains on two processes and checks that all ranks hold the same parameters and the same predictor."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import TinyImages, tiny_vit
+from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
+
+
+def assert_same_everywhere(name: str, value: Tensor) -> None:
+    mine = value.detach().clone()
+    dist.broadcast(mine, 0)
+    assert torch.equal(mine, value), f"{name} differs between ranks"
+
+
+class Compared(TrainerCallback):
+    """Compares the predictors of all ranks while they learn."""
+
+    trainer: LGPTrainer
+    windows: list[int]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.trainer._lgp_engine
+        assert engine is not None
+        self.windows.append(engine.predictor.remembered)
+        if state.global_step in (2, 17, args.max_steps):
+            tensors, counters = engine.state_dict()
+            for name, value in {**tensors, "counters": torch.tensor(list(counters.values()))}.items():
+                assert_same_everywhere(name, value)
 
 
 def main(folder: str, find_unused: str) -> None:
@@ -21,7 +46,7 @@ def main(folder: str, find_unused: str) -> None:
         folder,
         use_cpu=True,
         per_device_train_batch_size=8,
-        max_steps=30,
+        max_steps=50,
         learning_rate=1e-2,
         gradient_accumulation_steps=2,
         report_to="none",
@@ -33,13 +58,15 @@ def main(folder: str, find_unused: str) -> None:
         lgp_window=64,
         lgp_rank=3,
     )
-    trainer = LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=TinyImages(96, dtype=torch.float32))
+    compared = Compared()
+    data = TinyImages(90, dtype=torch.float32)  # the last batch of an epoch is not whole
+    trainer = LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=data, callbacks=[compared])
+    compared.trainer, compared.windows = trainer, []
     trainer.train()
-    assert trainer._lgp_steps["predicted"] > 20, trainer._lgp_steps
+    assert compared.windows[0] == 2 * 2 * 8, "two micro-batches of two processes"
+    assert trainer._lgp_steps["predicted"] > 90, trainer._lgp_steps
     for name, parameter in trainer.model.named_parameters():
-        mine = parameter.detach().clone()
-        dist.broadcast(mine, 0)
-        assert torch.equal(mine, parameter), f"{name} differs between ranks"
+        assert_same_everywhere(name, parameter)
     print(f"rank {dist.get_rank()} agrees", flush=True)
     dist.barrier()
     os._exit(0)  # the check is done, and gloo's teardown aborts or hangs now and then
