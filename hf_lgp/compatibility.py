@@ -30,7 +30,7 @@ def refuse_incompatible(args: TrainingArguments, model: nn.Module | None) -> Non
         raise ValueError(f"LGPTrainer does not support FSDP: use DistributedDataParallel. {_INSTEAD}")
     if args.torch_compile:
         raise ValueError(f"LGPTrainer does not support `torch_compile` yet: leave it out. {_INSTEAD}")
-    if args.world_size > 1 and not args.accelerator_config.even_batches:
+    if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
         raise ValueError(
             "LGPTrainer's processes share what they observe, so each needs as many examples as the others: leave "
             f"`even_batches` of `accelerator_config` at True. {_INSTEAD}"
