@@ -6,17 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CLASS_TOKEN_FAMILIES, WIDTH, TinyImages, tiny_classifier
+from tiny import CLASS_TOKEN_FAMILIES, WIDTH, TinyImages, tiny_bert, tiny_classifier, tiny_convnext, tiny_swin
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
-)
-
 from hf_lgp.engine import LGPEngine
 from hf_lgp.families import describe_block, find_backbone
 from hf_lgp.settings import LGPSettings
@@ -93,22 +84,6 @@ def test_attention_dropout_counts_in_training_only(family: str) -> None:
     for training, rate in ((True, 0.25), (False, 0.0)):
         model.train(training)
         assert backbone.blocks[0].attention_dropout() == rate
-
-
-def tiny_swin() -> nn.Module:
-    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "embed_dim": 8, "window_size": 2}
-    return SwinForImageClassification(SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 2], num_labels=3))
-
-
-def tiny_convnext() -> nn.Module:
-    return ConvNextForImageClassification(
-        ConvNextConfig(num_channels=1, patch_size=2, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, num_labels=3)
-    )
-
-
-def tiny_bert() -> nn.Module:
-    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=12, max_position_embeddings=8))
 
 
 def vit_with(change: str) -> nn.Module:

@@ -1,24 +1,21 @@
-"""A real run on two processes (gloo, CPU)."""
+"""Real runs on two processes (gloo, CPU)."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch import ACCELERATE, TORCHRUN, on_two_processes
+from oracle_trainer import every_case
 
 
 @pytest.mark.parametrize("find_unused", [True, False])
 def test_ranks_stay_equal_with_predictions_and_accumulation(find_unused: bool, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("two_processes.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launcher, str(script), str(tmp_path), str(find_unused)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agrees") == 2
+    launcher = ACCELERATE if find_unused else TORCHRUN
+    output = on_two_processes("two_processes.py", str(tmp_path), str(find_unused), launcher=launcher)
+    assert output.count("agrees") == 2
+
+
+def test_oracle_gradients_are_those_of_plain_training_on_two_processes(tmp_path: Path) -> None:
+    output = on_two_processes("oracle_two_processes.py", str(tmp_path), timeout=600)
+    assert output.count(f"agrees in {len(list(every_case()))} combinations") == 2
