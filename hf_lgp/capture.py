@@ -32,12 +32,13 @@ class Capture:
         subspace: Bases to project on.
 
     Attributes:
-        seen: Which rules delivered factors since the last :meth:`arm`.
+        reached: Which rules ever delivered factors: parameters of the others get no gradient (a mask token, a part not in use) or
+            one that cannot be told apart by example, and have no prediction.
     """
 
     def __init__(self, rules: list[Rule], subspace: Subspace) -> None:
         self.rules, self.subspace = rules, subspace
-        self.seen: set[int] = set()
+        self.reached: set[int] = set()
         self._coordinates: Tensor | None = None
         self._examples = 0
         self._chosen: Tensor | slice = slice(None)
@@ -70,7 +71,6 @@ class Capture:
         """
         self._coordinates = coordinates.zero_()
         self._examples, self._chosen, self._consume = examples, chosen, consume
-        self.seen = set()
 
     def disarm(self) -> None:
         """Stop capturing; hooks of a graph that was never run backward become inert."""
@@ -126,7 +126,7 @@ class Capture:
         columns = slice(segment.start, segment.start + segment.size)
         # A module that runs several times per forward contributes a sum.
         self._coordinates[:, columns] += self.subspace.project(position, factors).to(self._coordinates.dtype)
-        self.seen.add(position)
+        self.reached.add(position)
         if self._consume is not None:
             self._consume(position, factors)
 

@@ -24,7 +24,7 @@ from .observer import MEASURED_EXAMPLES, Observation, Observer
 from .path_terms import PathTerm
 from .prediction_pass import prediction_pass
 from .predictor import GradientPredictor
-from .rules import coverage, trunk_rules
+from .rules import Rule, coverage, trunk_rules
 from .settings import LGPSettings
 from .subspace import Subspace
 
@@ -63,7 +63,8 @@ class LGPEngine:
         self.path = ClassPath(backbone, self.rules) if backbone is not None and settings.class_path else None
         self.shortcut = None if backbone is None else prediction_pass(model, head, backbone, self.path)
         self.settings = settings = settings.resolved(self.path is not None)
-        self.coverage = coverage(self.rules, model, head)
+        self._whole = model, head
+        self.coverage = coverage(self.rules, *self._whole)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
         shapes = [(rule.rows, rule.cols) for rule in self.rules]
         ranks = [settings.rank * rule.rank_factor for rule in self.rules]
@@ -87,7 +88,6 @@ class LGPEngine:
         )
         self.controller = Controller(settings)
         self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, exchange, device)
-        self._parameters = [parameter for rule in self.rules for parameter in rule.parameters]
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
         self._collected: tuple[Tensor, Tensor] | None = None
         self._collecting = False
@@ -272,13 +272,15 @@ class LGPEngine:
         return {
             **dict(zip(names, values, strict=True)),
             "window": float(self.predictor.size),
-            "coverage": self.coverage,
+            "coverage": coverage([rule for _, rule in self.predicted_rules], *self._whole),
             "nonfinite": float(self._nonfinite),
         }
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors and counters needed to go on exactly where this engine stands."""
-        return self.predictor.state_dict(), self.controller.state_dict()
+        reached = torch.zeros(len(self.rules), dtype=torch.bool)
+        reached[sorted(self.observer.capture.reached)] = True
+        return {**self.predictor.state_dict(), "reached": reached}, self.controller.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Restore :meth:`state_dict`.
@@ -286,10 +288,19 @@ class LGPEngine:
         Raises:
             ValueError: If the state belongs to another model or other settings.
         """
+        if tensors["reached"].shape != (len(self.rules),):
+            raise ValueError("The stored predictor covers other parameters.")
         self.predictor.load_state_dict(tensors)
+        self.observer.capture.reached = set(tensors["reached"].nonzero().flatten().tolist())
         self.controller.load_state_dict(counters)
 
     # -- what happens inside a step --------------------------------------------------------------------------------------
+
+    @property
+    def predicted_rules(self) -> list[tuple[int, Rule]]:
+        """Rules, with their positions, whose parameters get predictions: those that an exact gradient has reached before."""
+        reached = self.observer.capture.reached
+        return [(position, rule) for position, rule in enumerate(self.rules) if position in reached]
 
     @property
     def _measured(self) -> int:
@@ -313,7 +324,8 @@ class LGPEngine:
             assert self._collected is not None
             self._splice = None
             splice = Splice(*self._collected, order, weight, self._correction)
-            return splice_head(self.head, features, output, splice, self._parameters)
+            parameters = [parameter for _, rule in self.predicted_rules for parameter in rule.parameters]
+            return splice_head(self.head, features, output, splice, parameters)
         elif self.observer.current is not None and output.requires_grad:
             detached = features.detach()
             output.register_hook(lambda residuals: self._residuals_arrived(detached, residuals))
@@ -369,9 +381,9 @@ class LGPEngine:
     ) -> list[Tensor | None]:
         """Parameter gradients from the regression's coordinates and the path's weighted terms."""
         gradients: list[Tensor | None] = []
-        for position, (rule, lifted) in enumerate(
-            zip(self.rules, self.predictor.subspace.lift_factors(correction), strict=True)
-        ):
+        factors = self.predictor.subspace.lift_factors(correction)
+        for position, rule in self.predicted_rules:
+            lifted = factors[position]
             term = None if terms is None else terms[position]
             if term is not None:
                 own = term.total(weights[position], lifted)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import CLASS_TOKEN_FAMILIES, WIDTH, TinyImages, tiny_bert, tiny_classifier, tiny_convnext, tiny_swin
 from torch import Tensor, nn
+
 from hf_lgp.engine import LGPEngine
 from hf_lgp.families import describe_block, find_backbone
 from hf_lgp.settings import LGPSettings

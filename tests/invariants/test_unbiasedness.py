@@ -131,7 +131,8 @@ class _ExactPredictions:
             trainer.model.zero_grad()
             one = {name: value[i : i + 1] for name, value in batch.items()}
             Trainer.training_step(trainer, trainer.model, one, torch.tensor(EXAMPLES))
-            self.per_example.append([p.grad.clone() for p in self.trainer._lgp_engine._parameters])
+            rules = self.trainer._lgp_engine.rules
+            self.per_example.append([p.grad.clone() for rule in rules for p in rule.parameters])
 
     def __call__(self, features: Tensor, residuals: Tensor, pullbacks: Tensor) -> list[Tensor]:
         order = self.order
