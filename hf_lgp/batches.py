@@ -24,6 +24,11 @@ def first_label(inputs: Mapping[str, Any], label_names: Collection[str]) -> Tens
     return None
 
 
+def contributing(labels: Tensor) -> Tensor | None:
+    """Which examples' class labels count in the loss, bool, shape ``(m,)``; None for labels that none is ignored of."""
+    return labels != -100 if labels.dim() == 1 and not labels.is_floating_point() else None
+
+
 def part_of(
     inputs: Mapping[str, Any],
     index: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -28,8 +29,6 @@ def refuse_incompatible(args: TrainingArguments, model: nn.Module | None) -> Non
         raise ValueError(f"LGPTrainer does not support DeepSpeed: use DistributedDataParallel. {_INSTEAD}")
     if args.fsdp:
         raise ValueError(f"LGPTrainer does not support FSDP: use DistributedDataParallel. {_INSTEAD}")
-    if args.torch_compile:
-        raise ValueError(f"LGPTrainer does not support `torch_compile` yet: leave it out. {_INSTEAD}")
     if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
         raise ValueError(
             "LGPTrainer's processes share what they observe, so each needs as many examples as the others: leave "
@@ -39,6 +38,10 @@ def refuse_incompatible(args: TrainingArguments, model: nn.Module | None) -> Non
         raise ValueError(f"{args.optim} applies gradients during the backward pass: choose another `optim`. {_INSTEAD}")
     if model is None:
         return
+    if is_compiled_module(model):
+        raise ValueError(
+            f"LGPTrainer compiles the model itself: pass it as it is, with `torch_compile=True`. {_INSTEAD}"
+        )
     if getattr(model, "quantization_method", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(f"LGPTrainer does not support quantised weights: load the model unquantised. {_INSTEAD}")
     coupled = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -7,7 +7,8 @@ or :meth:`LGPEngine.spliced`, and calls :meth:`LGPEngine.finish`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +25,13 @@ from .observer import MEASURED_EXAMPLES, Observation, Observer
 from .path_terms import PathTerm
 from .prediction_pass import prediction_pass
 from .predictor import GradientPredictor
+from .row_notes import is_active
 from .rules import Rule, coverage, trunk_rules
 from .settings import LGPSettings
 from .subspace import Subspace
+
+_APART_EXAMPLES = 16
+"""Largest number of examples in an observation pass of its own: it is paid for, unlike a ride on the control pass."""
 
 
 class SpliceBypassedError(RuntimeError):
@@ -41,6 +46,8 @@ class LGPEngine:
         head: Its classification head.
         settings: The method's settings.
         device: Where the predictor lives.
+        apart: Whether exact examples are observed in passes of their own, because the model's own passes are compiled: the
+            control pass then carries the splice and nothing else.
 
     Attributes:
         coverage: Share of the trunk's trainable parameters that have a rule.
@@ -51,8 +58,12 @@ class LGPEngine:
         ValueError: If no trunk parameter can be predicted.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Linear, settings: LGPSettings, device: torch.device) -> None:
-        self.head, self.device, self._given = head, device, settings
+    def __init__(
+        self, model: nn.Module, head: nn.Linear, settings: LGPSettings, device: torch.device, apart: bool = False
+    ) -> None:
+        if apart:
+            settings = replace(settings, observe_examples=min(settings.observe_examples, _APART_EXAMPLES))
+        self.head, self.device, self._given, self.apart = head, device, settings, apart
         self.rules = trunk_rules(model, head)
         if not self.rules:
             raise ValueError(
@@ -92,7 +103,9 @@ class LGPEngine:
         self._collected: tuple[Tensor, Tensor] | None = None
         self._collecting = False
         self._splice: tuple[Tensor, float | Tensor] | None = None
-        self._handle = head.register_forward_hook(self._head_ran)
+        if apart:
+            torch.compiler.reset()  # compiled code does not look for hooks that came later, be it of another model of this class
+        self._handle = head.register_forward_hook(torch.compiler.disable(self._head_ran) if apart else self._head_ran)
 
     # -- what a trainer calls ------------------------------------------------------------------------------------------
 
@@ -125,7 +138,8 @@ class LGPEngine:
         """Run the prediction examples of a micro-batch without a graph; call before :meth:`spliced`.
 
         Args:
-            inputs: The model's inputs for the prediction examples, without labels.
+            inputs: The model's inputs for the prediction examples, without labels; for all examples, control examples first, where
+                :attr:`predicts_all`.
             forward: Runs the model on them; called unless the backbone has a cheaper pass of its own.
             examples: Size ``m`` of the micro-batch.
             controls: Number ``m_c`` of control examples.
@@ -134,7 +148,7 @@ class LGPEngine:
         try:
             if self.path is not None:
                 self.path.start(examples)
-                self.path.arm(slice(controls, examples))
+                self.path.arm(slice(0 if self.predicts_all else controls, examples))
             features = None if self.shortcut is None else self.shortcut.features(inputs)
             if features is None:
                 forward()
@@ -184,13 +198,19 @@ class LGPEngine:
     def verify_shortcut(
         self, inputs: Mapping[str, Any], forward: Callable[[], Any], seeded: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        """Check the shorter prediction pass once more, in training mode: nothing may be drawn where it does not go.
+        """Check path and shorter prediction pass once more, in training mode: what draws at random may rule them out.
 
         Args:
             inputs: The model's inputs for a few examples, without labels.
             forward: Runs the model on them with the random numbers that ``seeded`` gives.
             seeded: A context with the same random numbers at every entry.
         """
+        if self.path is not None and self.apart:
+            blocks = self.path.backbone.blocks
+            if any(map(is_active, self._whole[0].modules())) or any(b.attention_dropout() > 0.0 for b in blocks):
+                # The path would be noted under another dropout than the residuals of control examples, and only of theirs:
+                # their predictions would have another distribution, and the estimate a bias.
+                self._give_up_path()
         if self.shortcut is None:
             return
         path, self.shortcut.path = self.shortcut.path, None
@@ -228,13 +248,17 @@ class LGPEngine:
         Raises:
             SpliceBypassedError: If the forward inside never reached the head.
         """
-        chosen = slice(0, min(controls, self.observer.examples))
+        chosen = slice(0, 0 if self.apart else min(controls, self.observer.examples))
         self.observer.current = Observation(controls, chosen, weight, len(order))
         self._splice = order, weight
-        if self.path is not None:
+        if self.predicts_all:
+            assert self._collected is not None
+            features, logits = self._collected
+            self._collected = features[controls:], logits[controls:]
+        elif self.path is not None and not self.apart:
             self.path.arm(slice(0, controls))
         try:
-            with self._armed():
+            with nullcontext() if self.apart else self._armed():
                 yield
             if self._splice is not None:
                 raise SpliceBypassedError(
@@ -247,6 +271,11 @@ class LGPEngine:
     def finish(self) -> None:
         """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
         self.observer.learn()
+
+    @property
+    def predicts_all(self) -> bool:
+        """Whether control examples take part in the prediction pass, because the path cannot be noted in their own."""
+        return self.apart and self.path is not None
 
     def clipped_ranks(self) -> int:
         """Number of weight matrices that are narrower than the rank on some side."""

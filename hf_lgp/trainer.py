@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import safetensors.torch
@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .batches import batch_size, first_label, part_of
+from .batches import batch_size, contributing, first_label, part_of
 from .compatibility import refuse_incompatible
 from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
@@ -109,20 +109,30 @@ class LGPTrainer(Trainer):
             name, head = settings.head, named_head(unwrapped, settings.head)
         else:
             name, head = find_head(unwrapped, probe)
-        engine = LGPEngine(unwrapped, head, settings, self.args.device)
+        engine = LGPEngine(unwrapped, head, settings, self.args.device, apart=self.args.torch_compile)
         training = unwrapped.training
         unwrapped.eval()  # two runs that are compared must not draw different dropout
         try:
             with self.accelerator.autocast():
-                on_path = engine.verify_backbone(few, probe, 2)
+                engine.verify_backbone(few, probe, 2)
                 unwrapped.train()
                 engine.verify_shortcut(few, probe, seeded)
+                if engine.apart:
+                    # transformers notes the kind of problem in the config at the first loss: before code is compiled that reads it.
+                    with torch.no_grad(), seeded():
+                        self.compute_loss(
+                            unwrapped, part_of(inputs, torch.arange(2, device=self.args.device), examples)
+                        )
         finally:
             unwrapped.train(training)
         logger.info(
             f"Predicting gradients below the head `{name}`: {len(engine.rules)} tensors with a rule cover "
             f"{engine.coverage:.2%} of the trunk's trainable parameters; "
-            + ("the class-token path is followed." if on_path else "no class-token path, regression alone.")
+            + (
+                "the class-token path is followed."
+                if engine.path is not None
+                else "no class-token path, regression alone."
+            )
         )
         if clipped := engine.clipped_ranks():
             logger.info(
@@ -164,14 +174,28 @@ class LGPTrainer(Trainer):
         controls = engine.controls(examples)
         if controls == examples:
             self._lgp_steps["exact"] += 1
-            with engine.exact(examples, seed):
+            with nullcontext() if engine.apart else engine.exact(examples, seed):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             self._lgp_steps["predicted"] += 1
             self._lgp_cost = relative_cost(controls / examples, _FORWARD_SHARE)
             loss = self._lgp_predicted_step(model, inputs, num_items_in_batch, examples, controls, seed)
+        if engine.apart and engine.observer.watching:
+            self._lgp_observe(inputs, examples, seed)
         engine.finish()
         return loss
+
+    def _lgp_observe(self, inputs: dict[str, Any], examples: int, seed: int) -> None:
+        """A small exact pass of the model as it is, not compiled, for the predictor to learn from; no gradient is kept."""
+        engine, labels = self._lgp_engine, first_label(inputs, self.label_names)
+        assert engine is not None and labels is not None
+        count = min(examples, engine.observer.examples)
+        order, _ = draw_control(examples, count, private_seed(seed, 1), contributing(labels))
+        few = part_of(inputs, order[:count].to(self.args.device, non_blocking=True), examples)
+        with private_randomness(self.args.device, seed), self.compute_loss_context_manager(), engine.exact(count, seed):
+            loss = self.compute_loss(self._lgp_model, few)
+            trainable = [parameter for parameter in self._lgp_model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trainable, allow_unused=True)
 
     def _lgp_predicted_step(
         self,
@@ -186,14 +210,14 @@ class LGPTrainer(Trainer):
         assert engine is not None
         labels = first_label(inputs, self.label_names)
         assert labels is not None
-        has_ignored = labels.dim() == 1 and not labels.is_floating_point()
-        order, weight = draw_control(examples, controls, seed, labels != -100 if has_ignored else None)
+        order, weight = draw_control(examples, controls, seed, contributing(labels))
         order = order.to(self.args.device, non_blocking=True)
         # What Trainer does at the start of its step has to precede the prediction pass as well.
         model.train()
         if callable(begin := getattr(self.optimizer, "train", None)):
             begin()
-        rest = part_of(inputs, order[controls:], examples, without=self.label_names)
+        start = 0 if engine.predicts_all else controls
+        rest = part_of(inputs, order[start:], examples, without=self.label_names)
         with private_randomness(self.args.device, seed), self.accelerator.autocast():
             engine.predict(rest, lambda: self._lgp_model(**rest), examples, controls)
         # Labels stay whole: the spliced head returns logits of the whole micro-batch, so the loss is that of all examples.

@@ -46,6 +46,7 @@ class OracleTrainer(LGPTrainer):
         self._inputs = {name: value for name, value in inputs.items() if name != "labels"}
         return super().training_step(model, inputs, *args)
 
+    @torch.compiler.disable
     def _head_will_run(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._features = args[0]
 
@@ -153,7 +154,7 @@ def every_case() -> list[Case]:
     return [Case(*combination) for combination in itertools.product(FAMILIES, LOSSES, (1, 3))]
 
 
-def recorded(kind: type[Trainer], case: Case, folder: Path) -> tuple[Recorder, list[float], Any]:
+def recorded(kind: type[Trainer], case: Case, folder: Path, **more: Any) -> tuple[Recorder, list[float], Any]:
     """Gradients and logged losses of an epoch whose last batches are not whole, with the parameters held still."""
     loss = LOSSES[case.loss]
     texts = case.family in TEXT_FAMILIES
@@ -172,6 +173,7 @@ def recorded(kind: type[Trainer], case: Case, folder: Path) -> tuple[Recorder, l
         "save_strategy": "no",
         "disable_tqdm": True,
         **loss.get("arguments", {}),
+        **more,
     }
     if kind is Trainer:
         arguments = TrainingArguments(str(folder), **settings)
@@ -190,19 +192,20 @@ def recorded(kind: type[Trainer], case: Case, folder: Path) -> tuple[Recorder, l
     return recorder, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
 
 
-def check(case: Case, folder: Path, tolerance: float = 1e-9) -> None:
+def check(case: Case, folder: Path, tolerance: float = 1e-9, **more: Any) -> None:
     """Compare an epoch of :class:`OracleTrainer` with one of ``Trainer``.
 
     Args:
         case: The combination.
         folder: Output folder.
+        more: Further training arguments for both.
         tolerance: Of each tensor's gradient, relative to its norm (not below a millionth of the whole gradient's).
 
     Raises:
         AssertionError: If a gradient or a loss differs, or nothing was predicted.
     """
-    plain, losses, _ = recorded(Trainer, case, folder)
-    oracle, spliced_losses, trainer = recorded(OracleTrainer, case, folder)
+    plain, losses, _ = recorded(Trainer, case, folder, **more)
+    oracle, spliced_losses, trainer = recorded(OracleTrainer, case, folder, **more)
     assert trainer.predicted == 4 and len(plain.steps) == -(-5 // case.accumulation) == len(oracle.steps)
     for step, (full, combined, without) in enumerate(zip(plain.steps, oracle.steps, oracle.uncovered, strict=True)):
         scale = torch.stack([g.norm() for g in full.values() if g is not None]).norm()
