@@ -309,7 +309,8 @@ class LGPEngine:
         """Tensors and counters needed to go on exactly where this engine stands."""
         reached = torch.zeros(len(self.rules), dtype=torch.bool)
         reached[sorted(self.observer.capture.reached)] = True
-        return {**self.predictor.state_dict(), "reached": reached}, self.controller.state_dict()
+        own = {"reached": reached, "nonfinite": self._nonfinite}
+        return {**self.predictor.state_dict(), **own}, self.controller.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Restore :meth:`state_dict`.
@@ -320,6 +321,7 @@ class LGPEngine:
         if tensors["reached"].shape != (len(self.rules),):
             raise ValueError("The stored predictor covers other parameters.")
         self.predictor.load_state_dict(tensors)
+        self._nonfinite.copy_(tensors["nonfinite"])
         self.observer.capture.reached = set(tensors["reached"].nonzero().flatten().tolist())
         self.controller.load_state_dict(counters)
 

@@ -141,6 +141,7 @@ class LGPTrainer(Trainer):
         if self._lgp_restored is not None:
             try:
                 engine.load_state_dict(*self._lgp_restored)
+                self._lgp_nonfinite_seen = float(self._lgp_restored[0]["nonfinite"])
             except (ValueError, KeyError) as error:
                 logger.warning(f"The checkpoint's LGP state does not fit ({error}): the predictor starts afresh.")
             self._lgp_restored = None

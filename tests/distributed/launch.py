@@ -10,6 +10,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 
 
+def start(launcher: list[str], script: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder by a launcher, to its end."""
+    command = [*launcher, str(Path(__file__).with_name(script)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
 def on_two_processes(script: str, *arguments: str, launcher: list[str] = TORCHRUN, timeout: float = 300) -> str:
     """Run a script of this folder on two processes.
 
@@ -25,12 +31,6 @@ def on_two_processes(script: str, *arguments: str, launcher: list[str] = TORCHRU
     Raises:
         AssertionError: If a process failed.
     """
-    result = subprocess.run(
-        [*launcher, str(Path(__file__).with_name(script)), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    result = start(launcher, script, *arguments, timeout=timeout)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -1,4 +1,4 @@
-"""Started by torchrun: every combination of the oracle-equality test on two processes."""
+"""Started by torchrun: combinations of the oracle-equality test on two processes, all or every fifth."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from accelerate import PartialState
 from oracle_trainer import check, every_case
 
 
-def main(folder: str) -> None:
+def main(folder: str, extent: str) -> None:
     torch.set_num_threads(1)
     PartialState(cpu=True)
     assert dist.get_world_size() == 2
-    checked = 0
-    for case in every_case():
+    cases = every_case() if extent == "every" else every_case()[::5]
+    for case in cases:
         check(case, Path(folder))
-        checked += 1
-    print(f"rank {dist.get_rank()} agrees in {checked} combinations", flush=True)
+    print(f"rank {dist.get_rank()} agrees in {len(cases)} combinations", flush=True)
     dist.barrier()
     os._exit(0)  # the check is done, and gloo's teardown aborts or hangs now and then
 
