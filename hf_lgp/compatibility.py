@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 _INSTEAD = "Or train exactly with `lgp_control_fraction=1`."
 
@@ -18,35 +21,51 @@ def refuse_incompatible(args: TrainingArguments, model: nn.Module | None) -> Non
         model: The model to train, or None when it is not built yet.
 
     Raises:
-        ValueError: Naming the obstacle and what to change.
+        ValueError: Naming the first obstacle and what to change.
     """
+    for obstacle in (*_obstacles_in_arguments(args), *(() if model is None else _obstacles_in_model(model))):
+        raise ValueError(f"{obstacle} {_INSTEAD}")
+
+
+def _obstacles_in_arguments(args: TrainingArguments) -> Iterator[str]:
     if args.n_gpu > 1:
-        raise ValueError(
+        yield (
             "LGPTrainer does not work inside nn.DataParallel. Start it with `accelerate launch`, or show it one GPU with "
-            f"CUDA_VISIBLE_DEVICES. {_INSTEAD}"
+            "CUDA_VISIBLE_DEVICES."
         )
     if args.deepspeed:
-        raise ValueError(f"LGPTrainer does not support DeepSpeed: use DistributedDataParallel. {_INSTEAD}")
+        yield "LGPTrainer does not support DeepSpeed: use DistributedDataParallel."
     if args.fsdp:
-        raise ValueError(f"LGPTrainer does not support FSDP: use DistributedDataParallel. {_INSTEAD}")
+        yield "LGPTrainer does not support FSDP: use DistributedDataParallel."
+    if is_sagemaker_mp_enabled():
+        yield "LGPTrainer does not support SageMaker's model parallelism: use DistributedDataParallel."
+    for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if getattr(args.parallelism_config, f"{kind}_size", 1) > 1:
+            yield (
+                f"LGPTrainer does not support {name} parallelism, which spreads an example over processes: leave `{kind}_size` "
+                "of `parallelism_config` at 1."
+            )
     if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
-        raise ValueError(
+        yield (
             "LGPTrainer's processes share what they observe, so each needs as many examples as the others: leave "
-            f"`even_batches` of `accelerator_config` at True. {_INSTEAD}"
+            "`even_batches` of `accelerator_config` at True."
         )
     if args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
-        raise ValueError(f"{args.optim} applies gradients during the backward pass: choose another `optim`. {_INSTEAD}")
-    if model is None:
-        return
+        yield f"{args.optim} applies gradients during the backward pass: choose another `optim`."
+
+
+def _obstacles_in_model(model: nn.Module) -> Iterator[str]:
     if is_compiled_module(model):
-        raise ValueError(
-            f"LGPTrainer compiles the model itself: pass it as it is, with `torch_compile=True`. {_INSTEAD}"
-        )
+        yield "LGPTrainer compiles the model itself: pass it as it is, with `torch_compile=True`."
     if getattr(model, "quantization_method", None) is not None or getattr(model, "is_quantized", False):
-        raise ValueError(f"LGPTrainer does not support quantised weights: load the model unquantised. {_INSTEAD}")
+        yield "LGPTrainer does not support quantised weights: load the model unquantised."
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        yield "LGPTrainer does not support tensor parallelism: load the model without a `tp_plan`."
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        yield "LGPTrainer needs the model on one device: load it without a `device_map` that spreads it."
     coupled = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if coupled:
-        raise ValueError(
+        yield (
             f"{coupled[0]} is a BatchNorm layer: in training mode it couples the examples of a batch, so a gradient of some of "
-            f"them is not defined by themselves. Replace it by GroupNorm or LayerNorm. {_INSTEAD}"
+            "them is not defined by themselves. Replace it by GroupNorm or LayerNorm."
         )

@@ -91,9 +91,3 @@ def test_observing_apart_leaves_gradients_and_random_streams_alone(tmp_path: Pat
     observation = engine.observer.current
     assert observation is not None and observation.features is not None and observation.pullbacks is not None
     engine.close()
-
-
-def test_an_already_compiled_model_is_refused(tmp_path: Path) -> None:
-    model = torch.compile(tiny_vit(torch.float32), backend="eager")
-    with pytest.raises(ValueError, match="torch_compile=True"):
-        LGPTrainer(model, LGPTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))

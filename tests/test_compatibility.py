@@ -1,0 +1,105 @@
+"""What is refused at construction, with a message that says what to do; fraction 1 is never refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import is_compiled_module
+from tiny import TinyImages, tiny_vit
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+import hf_lgp.compatibility
+from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp.compatibility import refuse_incompatible
+
+
+def arguments(folder: Path, **settings: Any) -> LGPTrainingArguments:
+    return LGPTrainingArguments(str(folder), use_cpu=True, report_to="none", save_strategy="no", **settings)
+
+
+def arguments_with(folder: Path, **values: Any) -> LGPTrainingArguments:
+    """Arguments as they would be on a machine or in a launch that is not at hand."""
+    args = arguments(folder)
+    args.distributed_state = SimpleNamespace(num_processes=values.pop("world_size", 1), distributed_type="NO")
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
+
+
+def resnet() -> nn.Module:
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
+    return ResNetForImageClassification(ResNetConfig(**sizes))
+
+
+def vit_with(**attributes: Any) -> nn.Module:
+    model = tiny_vit(torch.float32)
+    for name, value in attributes.items():
+        object.__setattr__(model, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_n_gpu": 2}, "accelerate launch.*CUDA_VISIBLE_DEVICES"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed.*DistributedDataParallel"),
+        ({"fsdp": "full_shard"}, "FSDP.*DistributedDataParallel"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1, sp_size=1)}, "tensor parallelism.*tp_size"),
+        ({"parallelism_config": SimpleNamespace(tp_size=1, cp_size=2, sp_size=1)}, "context parallelism.*cp_size"),
+        ({"parallelism_config": SimpleNamespace(tp_size=1, cp_size=1, sp_size=2)}, "sequence parallelism.*sp_size"),
+        ({"optim": "lomo"}, "lomo.*another `optim`"),
+        ({"optim": "adalomo"}, "adalomo.*another `optim`"),
+        ({"world_size": 2, "accelerator_config": SimpleNamespace(even_batches=False)}, "even_batches.*True"),
+    ],
+)
+def test_arguments_that_rule_predictions_out(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*lgp_control_fraction=1"):
+        refuse_incompatible(arguments_with(tmp_path, **values), None)
+
+
+def test_model_parallelism_of_sagemaker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_lgp.compatibility, "is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"SageMaker.*lgp_control_fraction=1"):
+        refuse_incompatible(arguments(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (resnet, "BatchNorm.*GroupNorm"),
+        (lambda: vit_with(quantization_method="bitsandbytes"), "quantised.*unquantised"),
+        (lambda: vit_with(is_quantized=True), "quantised.*unquantised"),
+        (lambda: vit_with(_tp_size=2), "tensor parallelism.*tp_plan"),
+        (lambda: vit_with(hf_device_map={"vit": 0, "classifier": 1}), "one device.*device_map"),
+    ],
+)
+def test_models_that_rule_predictions_out(model: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*lgp_control_fraction=1"):
+        refuse_incompatible(arguments(tmp_path), model())
+
+
+def test_a_trainer_refuses_at_construction_and_at_every_train(tmp_path: Path) -> None:
+    data = TinyImages(8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="BatchNorm"):
+        LGPTrainer(resnet(), arguments(tmp_path), train_dataset=data)
+    trainer = LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path), train_dataset=data)
+    trainer.args.optim = "lomo"
+    with pytest.raises(ValueError, match="lomo"):
+        trainer.train()
+
+
+def test_fraction_one_trains_what_predictions_refuse(tmp_path: Path) -> None:
+    settings = arguments(tmp_path, lgp_control_fraction=1.0, max_steps=2, disable_tqdm=True)
+    LGPTrainer(resnet(), settings, train_dataset=TinyImages(8, dtype=torch.float32, labels=2)).train()
+
+
+def test_an_already_compiled_model_is_refused(tmp_path: Path) -> None:
+    model = torch.compile(tiny_vit(torch.float32), backend="eager")
+    assert is_compiled_module(model)
+    with pytest.raises(ValueError, match="torch_compile=True"):
+        LGPTrainer(model, arguments(tmp_path))
