@@ -38,10 +38,10 @@ from typing import Any, Literal
 import evaluate
 import numpy as np
 import torch
-import transformers
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
+from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, report, resume_point
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -49,7 +49,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     ViTConfig,
@@ -57,7 +56,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp import LGPTrainer
 
 try:
     # Named so that a checkpoint does not depend on whether torchvision is installed where it was trained.
@@ -70,8 +69,6 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
-ACCURACY = Path(__file__).parent / "metrics" / "accuracy" / "accuracy.py"
-
 SPLIT_SEED = 0
 """Which rows are held out must not change with ``--seed``, or accuracies of two seeds could not be compared."""
 
@@ -80,10 +77,6 @@ KEEP_BYTES = 2**29
 
 _CHUNK = 256
 """Images that are decoded and resized together."""
-
-
-class InputError(ValueError):
-    """Something in the command or in the data that the user has to change; the message says what."""
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -223,63 +216,6 @@ def load_rows(arguments: DataArguments, cache_dir: str | None = None) -> tuple[D
         raise InputError(f"Cannot train on {name}: it has no split `train`, only {', '.join(splits)}.")
     held_out = next((split for split in ("validation", "test") if split in splits), None)
     return splits["train"], splits[held_out] if held_out else None
-
-
-def find_column(rows: Dataset, wanted: str | None, usual: Sequence[str], flag: str, hint: str = "") -> str:
-    """The column called ``wanted``, or the first of the ``usual`` names that the rows have.
-
-    Raises:
-        InputError: If there is none; the message lists the columns found.
-    """
-    found = f"The columns found are: {', '.join(rows.column_names)}."
-    if wanted:
-        if wanted not in rows.column_names:
-            raise InputError(f"{flag} {wanted}: the data have no such column. {found}")
-        return wanted
-    for name in usual:
-        if name in rows.column_names:
-            return name
-    raise InputError(f"The data have no column named {' or '.join(usual)}. {found} Name the right one by {flag}.{hint}")
-
-
-def class_names(rows: Dataset, column: str) -> list[str]:
-    """Names of the classes: those that the data set declares, or else the sorted values of the column.
-
-    Raises:
-        InputError: If the column does not hold classes, or only one.
-    """
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        names = list(feature.names)
-    elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool")):
-        names = [str(value) for value in sorted(set(rows.select_columns(column)[:][column]) - {None})]
-    else:
-        raise InputError(
-            f"Column `{column}` holds {feature}, not classes. Name the column of labels by --label_column_name."
-        )
-    if len(names) < 2:
-        raise InputError(f"Column `{column}` has {len(names)} class(es): a classifier needs two or more.")
-    return names
-
-
-def class_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> np.ndarray:
-    """Each row's class as an index into ``names``, int64 of shape ``(rows,)``.
-
-    Classes are matched by name: two files may number theirs differently.
-
-    Raises:
-        InputError: If a row has no label, or one that ``names`` lacks.
-    """
-    feature, known = rows.features[column], {name: index for index, name in enumerate(names)}
-    result = np.empty(len(rows), dtype=np.int64)
-    for row, value in enumerate(rows.select_columns(column)[:][column]):
-        if value is None or (isinstance(feature, ClassLabel) and value < 0):
-            raise InputError(f"Row {row} of the {where} data has no label in column `{column}`. Remove or label it.")
-        name = feature.names[value] if isinstance(feature, ClassLabel) else str(value)
-        if name not in known:
-            raise InputError(f"Row {row} of the {where} data is of class {name}, which the training data do not have.")
-        result[row] = known[name]
-    return result
 
 
 @dataclass
@@ -532,60 +468,6 @@ def build_model(
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, LGPTrainingArguments]:
-    """Arguments from the command line, or from the JSON file that is its only argument."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, LGPTrainingArguments))
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=os.path.abspath(arguments[0]))
-    else:
-        parsed = parser.parse_args_into_dataclasses(arguments)
-    model_args, data_args, training_args = parsed
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
-    return model_args, data_args, training_args
-
-
-def resume_point(training_args: LGPTrainingArguments) -> str | bool | None:
-    """What ``Trainer.train`` is to resume from; ``true`` stands for the last checkpoint in the output folder.
-
-    Raises:
-        InputError: If there is no such checkpoint.
-    """
-    wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        if transformers.trainer_utils.get_last_checkpoint(training_args.output_dir) is None:
-            raise InputError(f"--resume_from_checkpoint true: there is no checkpoint in {training_args.output_dir}.")
-        return True
-    if not Path(wanted).is_dir():
-        raise InputError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
-    return wanted
-
-
-def predicted_share(history: Sequence[dict[str, float]]) -> float | None:
-    """Share of the steps that used predicted gradients, as last logged; None if no log has it."""
-    exact = [entry["lgp_exact_share"] for entry in history if "lgp_exact_share" in entry]
-    return 1.0 - exact[-1] if exact else None
-
-
-def report(trainer: Trainer, accuracy: float | None, held_out: int) -> None:
-    """Print what a user wants to know at the end."""
-    share = predicted_share(trainer.state.log_history)
-    if not isinstance(trainer, LGPTrainer):
-        steps = "none: trained with --trainer exact"
-    elif share is None:
-        steps = "unknown: nothing was logged (lower --logging_steps)"
-    else:
-        steps = f"{share:.1%}"
-    print(f"\n  checkpoint              {trainer.args.output_dir}")
-    if accuracy is not None:
-        print(f"  held-out accuracy       {accuracy:.2%} of {held_out} images")
-    if trainer.args.do_train:
-        print(f"  steps with predictions  {steps}")
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate and save as the command line says.
 
@@ -598,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     Raises:
         InputError: If something in the command or the data has to be changed.
     """
-    model_args, data_args, training_args = parse(arguments)
+    model_args, data_args, training_args = parse((ModelArguments, DataArguments), arguments)
     checkpoint = resume_point(training_args) if training_args.do_train else None
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=training_args.get_process_log_level())
@@ -657,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         trainer.create_model_card(**card)
 
     if trainer.is_world_process_zero():
-        report(trainer, metrics.get("eval_accuracy"), len(held_out_images))
+        report(trainer, metrics.get("eval_accuracy"), f"{len(held_out_images)} images")
     return metrics
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shared
 import torch
 import train_vit
 from datasets import ClassLabel, Dataset, Features, Value
@@ -54,7 +55,7 @@ def made_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int
 
 
 def labelled(rows: Dataset, **arguments: Any) -> LabelledImages:
-    return LabelledImages.from_rows(rows, train_vit.class_names(rows, "label"), DataArguments(**arguments), "training")
+    return LabelledImages.from_rows(rows, shared.class_names(rows, "label"), DataArguments(**arguments), "training")
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
@@ -111,14 +112,14 @@ def test_classes_are_matched_by_name() -> None:
     rows = Dataset.from_dict(
         {"label": [0, 1]}, features=Features({"label": ClassLabel(names=["dog", "cat"])})
     )  # numbered the other way round
-    assert train_vit.class_ids(rows, "label", ["cat", "dog"], "held-out").tolist() == [1, 0]
+    assert shared.class_ids(rows, "label", ["cat", "dog"], "held-out").tolist() == [1, 0]
 
 
 def test_integers_are_classes_in_numerical_order() -> None:
     rows = Dataset.from_dict({"label": [10, 9, 10]})
-    names = train_vit.class_names(rows, "label")
+    names = shared.class_names(rows, "label")
     assert names == ["9", "10"]
-    assert train_vit.class_ids(rows, "label", names, "training").tolist() == [1, 0, 1]
+    assert shared.class_ids(rows, "label", names, "training").tolist() == [1, 0, 1]
 
 
 # -- messages ------------------------------------------------------------------------------------------------------------
@@ -129,10 +130,10 @@ def test_unknown_columns_are_listed() -> None:
     with pytest.raises(
         InputError, match=r"named image or img\. The columns found are: photo, kind.*--image_column_name"
     ):
-        train_vit.find_column(rows, None, train_vit.IMAGE_COLUMNS, "--image_column_name")
+        shared.find_column(rows, None, train_vit.IMAGE_COLUMNS, "--image_column_name")
     with pytest.raises(InputError, match=r"--label_column_name breed: .* no such column.*photo, kind"):
-        train_vit.find_column(rows, "breed", train_vit.LABEL_COLUMNS, "--label_column_name")
-    assert train_vit.find_column(rows, "kind", train_vit.LABEL_COLUMNS, "--label_column_name") == "kind"
+        shared.find_column(rows, "breed", train_vit.LABEL_COLUMNS, "--label_column_name")
+    assert shared.find_column(rows, "kind", train_vit.LABEL_COLUMNS, "--label_column_name") == "kind"
 
 
 def test_images_without_sub_folders_have_no_labels(tmp_path: Path) -> None:
@@ -181,22 +182,22 @@ def test_unreadable_bytes_are_named_by_row(broken: bytes) -> None:
 def test_rows_without_label_or_with_a_new_class() -> None:
     rows = Dataset.from_dict({"label": ["a", None]})
     with pytest.raises(InputError, match="Row 1 of the training data has no label"):
-        train_vit.class_ids(rows, "label", ["a", "b"], "training")
+        shared.class_ids(rows, "label", ["a", "b"], "training")
     rows = Dataset.from_dict({"label": ["a", "c"]})
     with pytest.raises(InputError, match="Row 1 of the held-out data is of class c"):
-        train_vit.class_ids(rows, "label", ["a", "b"], "held-out")
+        shared.class_ids(rows, "label", ["a", "b"], "held-out")
 
 
 def test_columns_of_the_wrong_kind() -> None:
     rows = Dataset.from_dict({"image": [1, 2], "label": [0.5, 1.5]})
     with pytest.raises(InputError, match="not classes"):
-        train_vit.class_names(rows, "label")
+        shared.class_names(rows, "label")
     with pytest.raises(InputError, match="not images"):
         LabelledImages.from_rows(
             Dataset.from_dict({"image": [1, 2], "label": [0, 1]}), ["0", "1"], DataArguments(), "training"
         )
     with pytest.raises(InputError, match=r"1 class\(es\)"):
-        train_vit.class_names(Dataset.from_dict({"label": ["a", "a"]}), "label")
+        shared.class_names(Dataset.from_dict({"label": ["a", "a"]}), "label")
 
 
 @pytest.mark.parametrize(
@@ -225,11 +226,12 @@ def test_sizes_that_do_not_fit(wrong: dict[str, int], message: str) -> None:
 
 def test_resuming_from_nothing(tmp_path: Path) -> None:
     for wanted, message in ((str(tmp_path / "nowhere"), "no such folder"), ("true", "no checkpoint")):
-        *_, arguments = train_vit.parse(
-            ["--output_dir", str(tmp_path), "--resume_from_checkpoint", wanted, "--use_cpu"]
+        *_, arguments = shared.parse(
+            (ModelArguments, DataArguments),
+            ["--output_dir", str(tmp_path), "--resume_from_checkpoint", wanted, "--use_cpu"],
         )
         with pytest.raises(InputError, match=message):
-            train_vit.resume_point(arguments)
+            shared.resume_point(arguments)
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------------
@@ -271,8 +273,8 @@ def test_random_flips_mirror_some_images() -> None:
 
 
 def test_predicted_share_is_that_of_the_last_log() -> None:
-    assert train_vit.predicted_share([{"lgp_exact_share": 0.5}, {"lgp_exact_share": 0.25}, {"eval_loss": 1.0}]) == 0.75
-    assert train_vit.predicted_share([{"loss": 1.0}]) is None
+    assert shared.predicted_share([{"lgp_exact_share": 0.5}, {"lgp_exact_share": 0.25}, {"eval_loss": 1.0}]) == 0.75
+    assert shared.predicted_share([{"loss": 1.0}]) is None
 
 
 def test_from_the_command_line_to_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +288,7 @@ def test_from_the_command_line_to_a_pipeline(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert str(out) in printed and "of 40 images" in printed
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    share = train_vit.predicted_share(history)
+    share = shared.predicted_share(history)
     assert share is not None and 0.0 < share < 1.0 and f"steps with predictions  {share:.1%}" in printed
 
     with safe_open(out / "model.safetensors", "pt") as file:
