@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from .exhaustion import Exhaustion
 from .factors import Factors
 from .rules import BroadcastRule, Rule, ScaleRule
 from .subspace import Subspace
@@ -30,14 +31,16 @@ class Capture:
     Args:
         rules: The parameter rules; tensor ``i`` of ``subspace`` belongs to ``rules[i]``.
         subspace: Bases to project on.
+        exhaustion: Where to note that memory ran out in a hook.
 
     Attributes:
         reached: Which rules ever delivered factors: parameters of the others get no gradient (a mask token, a part not in use) or
             one that cannot be told apart by example, and have no prediction.
     """
 
-    def __init__(self, rules: list[Rule], subspace: Subspace) -> None:
+    def __init__(self, rules: list[Rule], subspace: Subspace, exhaustion: Exhaustion | None = None) -> None:
         self.rules, self.subspace = rules, subspace
+        self.exhaustion = exhaustion or Exhaustion()
         self.reached: set[int] = set()
         self._coordinates: Tensor | None = None
         self._examples = 0
@@ -112,11 +115,14 @@ class Capture:
         if gradients[0] is not None:
             self._gradient_arrived(position, gradients[0] if inputs is None else inputs, gradients[0])
 
+    def _gradient_arrived(self, position: int, inputs: Tensor, delta: Tensor) -> None:
+        if self._coordinates is not None and self.exhaustion.error is None:
+            with self.exhaustion.noted():
+                self._take(position, inputs, delta, self._coordinates)
+
     @record_function("hf_lgp.capture")
     @torch.no_grad()
-    def _gradient_arrived(self, position: int, inputs: Tensor, delta: Tensor) -> None:
-        if self._coordinates is None:
-            return
+    def _take(self, position: int, inputs: Tensor, delta: Tensor, coordinates: Tensor) -> None:
         if delta.dtype == torch.float16:  # products of scaled gradients overflow half precision
             delta = delta.float()
         factors = self.rules[position].factors(inputs, delta, self._examples, self._chosen)
@@ -125,7 +131,7 @@ class Capture:
         segment = self.subspace.segments[position]
         columns = slice(segment.start, segment.start + segment.size)
         # A module that runs several times per forward contributes a sum.
-        self._coordinates[:, columns] += self.subspace.project(position, factors).to(self._coordinates.dtype)
+        coordinates[:, columns] += self.subspace.project(position, factors).to(coordinates.dtype)
         self.reached.add(position)
         if self._consume is not None:
             self._consume(position, factors)

@@ -6,7 +6,7 @@ or :meth:`LGPEngine.spliced`, and calls :meth:`LGPEngine.finish`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -71,9 +71,8 @@ class LGPEngine:
                 "use `lgp_control_fraction=1`, or unfreeze some layers."
             )
         backbone = find_backbone(model)
-        self.path = ClassPath(backbone, self.rules) if backbone is not None and settings.class_path else None
-        self.shortcut = None if backbone is None else prediction_pass(model, head, backbone, self.path)
-        self.settings = settings = settings.resolved(self.path is not None)
+        on_path = backbone is not None and settings.class_path
+        self.settings = settings = settings.resolved(on_path)
         self._whole = model, head
         self.coverage = coverage(self.rules, *self._whole)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
@@ -97,6 +96,9 @@ class LGPEngine:
             device=device,
             dtype=dtype,
         )
+        # What memory may not suffice for stands above: nothing is hooked to the model yet.
+        self.path = ClassPath(backbone, self.rules) if backbone is not None and on_path else None
+        self.shortcut = None if backbone is None else prediction_pass(model, head, backbone, self.path)
         self.controller = Controller(settings)
         self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, exchange, device)
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
@@ -269,7 +271,13 @@ class LGPEngine:
             self._splice = self._collected = None
 
     def finish(self) -> None:
-        """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
+        """Let the predictor learn from the micro-batch just observed; call once its backward pass is done.
+
+        Raises:
+            RuntimeError: Where memory ran out, here or in the passes before; nothing is lost but the predictor.
+        """
+        if self.observer.exhaustion.error is not None:
+            raise self.observer.exhaustion.error
         self.observer.learn()
 
     @property
@@ -354,7 +362,7 @@ class LGPEngine:
             order, weight = self._splice
             assert self._collected is not None
             self._splice = None
-            splice = Splice(*self._collected, order, weight, self._correction)
+            splice = Splice(*self._collected, order, weight, self._spared_correction)
             parameters = [parameter for _, rule in self.predicted_rules for parameter in rule.parameters]
             return splice_head(self.head, features, output, splice, parameters)
         elif self.observer.current is not None and output.requires_grad:
@@ -366,8 +374,11 @@ class LGPEngine:
     def _residuals_arrived(self, features: Tensor, residuals: Tensor) -> None:
         """An exact step's residuals: note what the regression needs of the chosen examples."""
         observation = self.observer.current
-        if observation is None:
-            return
+        if observation is not None:
+            with self.observer.exhaustion.noted():
+                self._note_residuals(observation, features, residuals)
+
+    def _note_residuals(self, observation: Observation, features: Tensor, residuals: Tensor) -> None:
         wide = torch.promote_types(torch.float32, residuals.dtype)
         observation.features = features[observation.chosen].to(wide)
         pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
@@ -377,6 +388,12 @@ class LGPEngine:
             few = slice(0, self._measured)
             rows = self.predictor.kernel_rows(observation.features[few], observation.pullbacks[few])
             observation.predicted = self.predictor.predict(rows)
+
+    def _spared_correction(self, features: Tensor, residuals: Tensor, pullbacks: Tensor) -> Sequence[Tensor | None]:
+        """:meth:`_correction`, or none where memory does not suffice: the control gradient alone is unbiased too."""
+        with self.observer.exhaustion.noted():
+            return self._correction(features, residuals, pullbacks)
+        return [None for _, rule in self.predicted_rules for _ in rule.parameters]
 
     @record_function("hf_lgp.correction")
     @torch.no_grad()

@@ -20,6 +20,7 @@ from .class_path import ClassPath
 from .controller import Controller
 from .draws import private_seed
 from .exchange import Exchange
+from .exhaustion import Exhaustion
 from .factors import Factors
 from .path_terms import PathTerm
 from .predictor import GradientPredictor
@@ -77,6 +78,7 @@ class Observer:
 
     Attributes:
         current: The micro-batch being observed, or None.
+        exhaustion: Notes that memory ran out while observing: what was observed is then worth nothing.
         loss_scale: Factor (accumulation, loss scaling) that the backward pass started from; None for 1.
     """
 
@@ -92,7 +94,7 @@ class Observer:
     ) -> None:
         self.rules, self.predictor, self.controller = rules, predictor, controller
         self.path, self.settings, self.exchange, self.device = path, settings, exchange, device
-        self.capture = Capture(rules, predictor.subspace)
+        self.exhaustion = Exhaustion()
         self.current: Observation | None = None
         self.loss_scale: Tensor | None = None
         like = predictor.subspace.bases(0)[0]
@@ -100,6 +102,7 @@ class Observer:
         self._path_coordinates = torch.zeros_like(self._coordinates)
         self._energies = like.new_zeros(4, len(rules))
         self._moving = False
+        self.capture = Capture(rules, predictor.subspace, self.exhaustion)
 
     @property
     def unit(self) -> Tensor | float:

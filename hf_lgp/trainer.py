@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
@@ -20,14 +17,13 @@ from .compatibility import refuse_incompatible
 from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
 from .estimator import relative_cost
+from .exhaustion import is_exhaustion
 from .head import find_head, named_head
 from .renamed_weights import restore_renamed_weights
 from .settings import LGPSettings
+from .state_files import StateFileError, read_state, write_state
 
 logger = logging.get_logger(__name__)
-
-STATE_NAME = "lgp_state.safetensors"
-COUNTERS_NAME = "lgp_state.json"
 
 _FORWARD_SHARE = 1.0 / 3.0
 """A forward pass in units of a forward and backward pass, by operation count."""
@@ -60,6 +56,7 @@ class LGPTrainer(Trainer):
         self._lgp_cost = 1.0
         self._lgp_nonfinite_seen = 0.0
         self._lgp_loading: str | None = None
+        self._lgp_exhausted = False
         super().__init__(*args, **kwargs)
         self._lgp_validate()
 
@@ -69,6 +66,7 @@ class LGPTrainer(Trainer):
         """Train as ``Trainer.train`` does, with the same arguments and result; hooks are gone from the model afterwards."""
         self._lgp_validate()
         self._lgp_steps = {"exact": 0, "predicted": 0}
+        self._lgp_exhausted = False
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -123,6 +121,9 @@ class LGPTrainer(Trainer):
                         self.compute_loss(
                             unwrapped, part_of(inputs, torch.arange(2, device=self.args.device), examples)
                         )
+        except BaseException:
+            engine.close()
+            raise
         finally:
             unwrapped.train(training)
         logger.info(
@@ -166,25 +167,43 @@ class LGPTrainer(Trainer):
                 "Batches that are not a flat dict of tensors with a label are trained on exactly. If yours has labels under "
                 f"other names than {self.label_names}, pass them as `label_names`."
             )
-        if examples is None or examples < 2 or labels is None:
+        usable = examples is not None and examples >= 2 and labels is not None and not self._lgp_exhausted
+        if usable and self._lgp_engine is None:
+            with self._lgp_sparing_memory():
+                self._lgp_engine = self._lgp_build(inputs)
+        engine = self._lgp_engine
+        if not usable or engine is None:
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._lgp_engine is None:
-            self._lgp_engine = self._lgp_build(inputs)
-        engine, seed = self._lgp_engine, self._lgp_seed()
+        assert examples is not None
+        seed = self._lgp_seed()
         controls = engine.controls(examples)
         if controls == examples:
             self._lgp_steps["exact"] += 1
             with nullcontext() if engine.apart else engine.exact(examples, seed):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            self._lgp_steps["predicted"] += 1
-            self._lgp_cost = relative_cost(controls / examples, _FORWARD_SHARE)
             loss = self._lgp_predicted_step(model, inputs, num_items_in_batch, examples, controls, seed)
-        if engine.apart and engine.observer.watching:
-            self._lgp_observe(inputs, examples, seed)
-        engine.finish()
+        with self._lgp_sparing_memory():
+            if engine.apart and engine.observer.watching and not self._lgp_exhausted:
+                self._lgp_observe(inputs, examples, seed)
+            engine.finish()
         return loss
+
+    @contextmanager
+    def _lgp_sparing_memory(self) -> Iterator[None]:
+        """Train exactly from here on if memory runs out inside, where nothing but the predictor can be lost."""
+        try:
+            yield
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            hint = "Lower `lgp_window` or `lgp_rank` to make the predictor smaller."
+            if self.args.world_size > 1:  # the other processes would wait for this one
+                raise RuntimeError(f"The gradient predictor ran out of memory. {hint}") from error
+            logger.warning(f"The gradient predictor ran out of memory: training goes on exactly. {hint} ({error})")
+            self._lgp_exhausted = True
+            self._lgp_close()
 
     def _lgp_observe(self, inputs: dict[str, Any], examples: int, seed: int) -> None:
         """A small exact pass of the model as it is, not compiled, for the predictor to learn from; no gradient is kept."""
@@ -219,8 +238,13 @@ class LGPTrainer(Trainer):
             begin()
         start = 0 if engine.predicts_all else controls
         rest = part_of(inputs, order[start:], examples, without=self.label_names)
-        with private_randomness(self.args.device, seed), self.accelerator.autocast():
+        with self._lgp_sparing_memory(), private_randomness(self.args.device, seed), self.accelerator.autocast():
             engine.predict(rest, lambda: self._lgp_model(**rest), examples, controls)
+        if self._lgp_exhausted:
+            self._lgp_steps["exact"] += 1
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._lgp_steps["predicted"] += 1
+        self._lgp_cost = relative_cost(controls / examples, _FORWARD_SHARE)
         # Labels stay whole: the spliced head returns logits of the whole micro-batch, so the loss is that of all examples.
         control = part_of(inputs, order[:controls], examples, keep=self.label_names)
         with engine.spliced(order, controls, weight):
@@ -284,21 +308,16 @@ class LGPTrainer(Trainer):
         if self._lgp_engine is None or not self.args.should_save:
             return
         tensors, counters = self._lgp_engine.state_dict()
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        safetensors.torch.save_file(tensors, os.path.join(output_dir, STATE_NAME))
-        with open(os.path.join(output_dir, COUNTERS_NAME), "w", encoding="utf-8") as file:
-            json.dump({**counters, **{f"steps_{k}": v for k, v in self._lgp_steps.items()}}, file)
+        write_state(output_dir, tensors, {**counters, **{f"steps_{k}": v for k, v in self._lgp_steps.items()}})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self._lgp_settings.control_fraction >= 1.0:
             return
         try:
-            tensors = safetensors.torch.load_file(os.path.join(checkpoint, STATE_NAME))
-            with open(os.path.join(checkpoint, COUNTERS_NAME), encoding="utf-8") as file:
-                counters = json.load(file)
+            tensors, counters = read_state(checkpoint)
             self._lgp_steps = {name: counters.pop(f"steps_{name}") for name in self._lgp_steps}
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (StateFileError, KeyError) as error:
             logger.warning(f"No usable LGP state in {checkpoint} ({error}): the predictor starts afresh.")
             return
         self._lgp_restored = tensors, counters

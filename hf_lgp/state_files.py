@@ -1,0 +1,42 @@
+"""The predictor's files in a checkpoint folder: tensors as safetensors, counters as JSON, apart from the model's own files."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+STATE_NAME = "lgp_state.safetensors"
+COUNTERS_NAME = "lgp_state.json"
+
+
+class StateFileError(ValueError):
+    """The files are missing, or not what :func:`write_state` writes."""
+
+
+def write_state(folder: str, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+    """Write the predictor's state into a checkpoint folder."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    safetensors.torch.save_file(tensors, os.path.join(folder, STATE_NAME))
+    with open(os.path.join(folder, COUNTERS_NAME), "w", encoding="utf-8") as file:
+        json.dump(counters, file)
+
+
+def read_state(folder: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Read what :func:`write_state` wrote.
+
+    Raises:
+        StateFileError: If there is nothing of the kind.
+    """
+    try:
+        tensors = safetensors.torch.load_file(os.path.join(folder, STATE_NAME))
+        with open(os.path.join(folder, COUNTERS_NAME), encoding="utf-8") as file:
+            counters = json.load(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StateFileError(str(error)) from error
+    if not isinstance(counters, dict):
+        raise StateFileError(f"{COUNTERS_NAME} does not hold counters.")
+    return tensors, counters
