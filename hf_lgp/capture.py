@@ -105,8 +105,10 @@ class Capture:
                 if node.name() in _BROADCAST_NODES:
                     node.register_prehook(partial(self._node_gradient_arrived, position, None))
             elif node.name() in _SCALE_NODES:
-                scaled = next((o for o in (node._saved_self, node._saved_other) if o is not parameter), None)
-                if scaled is not None:
+                # By dimension: where activations are checkpointed, what a node saved is a copy, also of the parameter.
+                saved = [o for o in (node._saved_self, node._saved_other) if o is not None]
+                scaled = max(saved, key=Tensor.dim, default=None)
+                if scaled is not None and scaled.dim() > parameter.dim():
                     node.register_prehook(partial(self._node_gradient_arrived, position, scaled.detach()))
 
     def _node_gradient_arrived(

@@ -63,7 +63,7 @@ class Rule(ABC):
 
 def _by_example(tensor: Tensor, examples: int, chosen: Tensor | slice) -> Tensor | None:
     """``(examples * s, ..., d)`` as ``(chosen, s * ..., d)``."""
-    if tensor.shape[0] % examples != 0:
+    if tensor.dim() < 2 or tensor.shape[0] % examples != 0:
         return None
     return tensor.reshape(examples, -1, tensor.shape[-1])[chosen]
 

@@ -39,8 +39,11 @@ def trained(family: str, folder: Path, **settings: Any) -> LGPTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["vit", "dinov2", "bert", "swin"])
+# With reentrant checkpointing the layer scales of BEiT, which belong to its blocks, have no predictions.
+@pytest.mark.parametrize(
+    ("family", "reentrant"),
+    [*((family, kind) for family in ("vit", "dinov2", "bert", "swin") for kind in (False, True)), ("beit", False)],
+)
 def test_trajectory_and_predictor_are_those_without_checkpointing(family: str, reentrant: bool, tmp_path: Path) -> None:
     plain = trained(family, tmp_path)
     recomputing = trained(
