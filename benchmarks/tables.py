@@ -1,4 +1,4 @@
-"""The README's tables, drawn from the result files: prints them, or writes them between the README's markers.
+"""The tables of README and docs, drawn from the result files: prints them, or writes them between the documents' markers.
 
 Every number in the tables comes from a file under ``benchmarks/results``; a table whose file is missing is left out.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from common import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 START, END = "<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->"
 
 
@@ -51,6 +51,25 @@ def predictability() -> str | None:
     )
 
 
+def wider() -> str | None:
+    """The same for a wider and deeper ViT."""
+    tiny = read("predictability_tiny")
+    if tiny is None:
+        return None
+    phases = list(tiny["summary"])
+    keys = {
+        "mean over tensors": "rho2_layer_mean",
+        "path alone": "rho2_path_alone",
+        "weighted by gradient energy": "rho2_raw",
+        "embeddings": "rho2 embeddings",
+        "block 0": "rho2 block 0",
+        "block 5": "rho2 block 5",
+        "block 10": "rho2 block 10",
+    }
+    rows = [[label, *(f"{tiny['summary'][phase][key]:.2f}" for phase in phases)] for label, key in keys.items()]
+    return table(["ρ² at ViT-tiny's width (192, 12 blocks, bf16)", *phases], rows)
+
+
 def extra_variance() -> str | None:
     """Extra variance over the plain batch gradient."""
     result = read("extra_variance")
@@ -73,16 +92,26 @@ def step_cost() -> str | None:
     rows = []
     for name, remark in (
         ("step_cost_cpu", "path and regression"),
+        ("step_cost_197_cpu", "path and regression"),
         ("step_cost_ridge_cpu", "regression alone"),
         ("step_cost_cifar_cpu", "path and regression"),
     ):
         for cell in (read(name) or {"cells": []})["cells"]:
             prediction = cell["prediction_per_example"]
             model = f"{cell['vit']}, batch {cell['batch']}, {'bf16' if cell['bf16'] else 'fp32'}, {remark}"
+            fraction = f"{cell['fraction']:g}"
             numbers = [cell["step_ratio"], cell["control_ratio"], cell["forward_ratio"], cell["overhead_ratio"]]
-            rows.append([model, *(f"{n:.2f}" for n in numbers), f"{prediction:.2f}" if prediction else "n/a"])
-    header = "a step at fraction 1/4, in exact steps of the whole batch"
-    names = [header, "whole", "control pass", "plain forward", "the rest", "one prediction, in exact examples"]
+            rows.append([model, fraction, *(f"{n:.2f}" for n in numbers), f"{prediction:.2f}" if prediction else "n/a"])
+    header = "a step, in exact steps of the whole batch"
+    names = [
+        header,
+        "fraction",
+        "whole",
+        "control pass",
+        "plain forward",
+        "the rest",
+        "one prediction, in exact examples",
+    ]
     return table(names, rows) if rows else None
 
 
@@ -122,20 +151,60 @@ def _with_error(values: list[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
-TABLES: list[Callable[[], str | None]] = [predictability, extra_variance, step_cost, price, worth]
+def robustness() -> str | None:
+    """Soak, kills and fuzz."""
+    result = read("robustness")
+    if result is None or "fuzz" not in result:
+        return None
+    soak, fuzz = result["soak"], result["fuzz"]
+    rows = [
+        ["soak: steps in one run", f"{soak['steps']:,}"],
+        [
+            "soak: resident memory, last fifth over the readings after the first tenth",
+            f"{soak['memory_late_over_early']:.3f}",
+        ],
+        ["soak: time of a step, the same", f"{soak['step_time_late_over_early']:.3f}"],
+    ]
+    for kills in result["kills"]:
+        many = "one process" if kills["processes"] == 1 else f"{kills['processes']} processes"
+        rows += [
+            [f"kills, {many}: runs killed until they were through", str(kills["runs"])],
+            [
+                f"kills, {many}: kills, of which while a checkpoint was being written",
+                f"{kills['kills']}, {kills['kills_while_a_checkpoint_was_written']}",
+            ],
+            [
+                f"kills, {many}: runs that ended bit for bit as one left alone",
+                str(kills["runs_that_ended_bit_for_bit_equal"]),
+            ],
+        ]
+    rows += [
+        ["fuzz: runs under random valid settings of seven families", str(fuzz["runs"])],
+        ["fuzz: micro-batches with predictions in them", f"{fuzz['micro_batches_with_predictions']:,}"],
+        ["fuzz: failures", str(fuzz["failures"])],
+    ]
+    return table(["", "figure"], rows)
+
+
+TABLES: dict[str, list[Callable[[], str | None]]] = {
+    "README.md": [predictability, wider, extra_variance, step_cost, price, worth],
+    "docs/robustness.md": [robustness],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write them into the README")
+    parser.add_argument("--write", action="store_true", help="write them into the documents")
     options = parser.parse_args()
-    text = "\n\n".join(drawn for make in TABLES if (drawn := make()) is not None)
-    if not options.write:
-        print(text)
-        return
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    for name, tables in TABLES.items():
+        text = "\n\n".join(drawn for make in tables if (drawn := make()) is not None)
+        if not options.write:
+            print(text)
+            continue
+        document = ROOT / name
+        before, rest = document.read_text(encoding="utf-8").split(START)
+        after = rest.split(END)[1]
+        document.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
