@@ -163,7 +163,7 @@ def robustness() -> str | None:
             "soak: resident memory, last fifth over the readings after the first tenth",
             f"{soak['memory_late_over_early']:.3f}",
         ],
-        ["soak: time of a step, the same", f"{soak['step_time_late_over_early']:.3f}"],
+        ["soak: processor time of a step, the same", f"{soak['step_time_late_over_early']:.3f}"],
     ]
     for kills in result["kills"]:
         many = "one process" if kills["processes"] == 1 else f"{kills['processes']} processes"

@@ -37,10 +37,7 @@ class PathTerm(ABC):
 
     @abstractmethod
     def only(self, finite: Tensor) -> PathTerm:
-        """The same with zero output gradients, whatever stood there, for the examples outside of ``finite``, bool ``(m,)``.
-
-        Inputs are left alone: where they are not finite, nor are the logits and the loss.
-        """
+        """The same with zeros, whatever stood there, for the examples outside of ``finite``, bool ``(m,)``."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class RowTerm(PathTerm):
         return Factors(self.left[examples], self.right[examples], self.left.shape[-1], ones=self.biased)
 
     def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
-        return replace(self, left=_only(self.left, finite))
+        return replace(self, left=_only(self.left, finite), right=_only(self.right, finite))
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class HeadsTerm(PathTerm):
         return Factors(rows, right, heads * size, ones=self.biased and not self.bias_is_zero)
 
     def only(self, finite: Tensor) -> PathTerm:  # noqa: D102
-        return replace(self, left=_only(self.left, finite))
+        return replace(self, left=_only(self.left, finite), right=_only(self.right, finite))
 
 
 @dataclass(frozen=True)
