@@ -32,6 +32,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
 
 from fuzzing import check_run, runs  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
+from killed_run import STEPS  # noqa: E402
 from test_killed_runs import assert_identical  # noqa: E402
 from tiny import TinyImages, tiny_vit  # noqa: E402
 
@@ -97,9 +98,13 @@ def soak(steps: int) -> dict[str, Any]:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The last checkpoint that was written to its end, but that of the last step, after which ``Trainer`` takes one more."""
+    found = {
+        int(path.name.split("-")[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file()
+    }
+    return max((item for item in found.items() if item[0] < STEPS), default=(0, None))[1]
 
 
 def kills(processes: int, rounds: int, seed: int) -> dict[str, Any]:

@@ -15,10 +15,13 @@ import hf_lgp.trainer
 from hf_lgp.draws import draw_control, private_seed
 
 
-@pytest.mark.parametrize("find_unused", [True, False])
-def test_ranks_stay_equal_with_predictions_and_accumulation(find_unused: bool, tmp_path: Path) -> None:
-    launcher = ACCELERATE if find_unused else TORCHRUN
-    output = on_two_processes("two_processes.py", str(tmp_path), str(find_unused), launcher=launcher)
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [("plain", TORCHRUN), ("unused parameters looked for", ACCELERATE), ("compiled", TORCHRUN)],
+    ids=["torchrun", "accelerate, unused parameters looked for", "torchrun, compiled"],
+)
+def test_ranks_stay_equal_with_predictions_and_accumulation(kind: str, launcher: list[str], tmp_path: Path) -> None:
+    output = on_two_processes("two_processes.py", str(tmp_path), kind, launcher=launcher)
     assert output.count("agrees") == 2
 
 

@@ -40,7 +40,7 @@ class Compared(TrainerCallback):
                 assert_same_everywhere(name, value)
 
 
-def main(folder: str, find_unused: str) -> None:
+def main(folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     arguments = LGPTrainingArguments(
         folder,
@@ -52,7 +52,9 @@ def main(folder: str, find_unused: str) -> None:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        ddp_find_unused_parameters=find_unused == "True",
+        ddp_find_unused_parameters=kind == "unused parameters looked for",
+        torch_compile=kind == "compiled",
+        torch_compile_backend="aot_eager" if kind == "compiled" else None,
         lgp_control_fraction=0.5,
         lgp_warmup_examples=32,
         lgp_window=64,
