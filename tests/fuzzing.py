@@ -23,8 +23,9 @@ LABELS: dict[str, dict[str, Any]] = {
 def runs(draw: st.DrawFn) -> dict[str, Any]:
     """A model, data, and settings of a short training run; every combination is valid."""
     window = draw(st.integers(2, 64))
+    family = draw(st.sampled_from(["vit", "deit", "beit", "dinov2", "swin", "convnext", "bert"]))
     return {
-        "family": draw(st.sampled_from(["vit", "deit", "beit", "dinov2", "swin", "convnext", "bert"])),
+        "family": family,
         "labels": draw(st.sampled_from(list(LABELS))),
         "examples": draw(st.integers(5, 40)),
         "arguments": {
@@ -33,7 +34,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
             "max_grad_norm": draw(st.sampled_from([0.0, 0.1, 1.0])),
             "weight_decay": draw(st.sampled_from([0.0, 0.1])),
             "seed": draw(st.integers(0, 100)),
-            "gradient_checkpointing": draw(st.booleans()),
+            "gradient_checkpointing": family != "convnext" and draw(st.booleans()),
             "lgp_control_fraction": draw(st.floats(0.01, 1.0)),
             "lgp_window": window,
             "lgp_warmup_examples": draw(st.integers(1, window)),
@@ -62,7 +63,6 @@ def check_run(run: dict[str, Any], folder: str) -> int:
     """
     data = TinyTexts if run["family"] in TEXT_FAMILIES else TinyImages
     model = tiny_model(run["family"], torch.float32, **LABELS[run["labels"]])
-    hooks = hooks_of(model)
     arguments = LGPTrainingArguments(
         folder,
         use_cpu=True,
@@ -77,7 +77,7 @@ def check_run(run: dict[str, Any], folder: str) -> int:
     trainer = LGPTrainer(model, arguments, train_dataset=data(run["examples"], run["labels"], torch.float32))
     trainer.train()
     assert trainer.state.global_step == 12
-    assert hooks_of(model) == hooks
+    assert hooks_of(model) == 0
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     for entry in trainer.state.log_history:
         # Micro-batches without a single label have no loss, with plain Trainer too.
@@ -88,5 +88,10 @@ def check_run(run: dict[str, Any], folder: str) -> int:
 
 
 def hooks_of(model: torch.nn.Module) -> int:
-    """Number of hooks on the model's modules."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    """Number of this package's hooks on the model's modules."""
+    hooks = [
+        getattr(hook, "func", hook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return sum(hook.__module__.startswith("hf_lgp") for hook in hooks)
