@@ -18,7 +18,7 @@ from hf_lgp.predictor import GradientPredictor
 
 STEPS, POISONED = 24, 13
 
-values = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+values = pytest.mark.parametrize("value", [math.nan, math.inf])
 
 
 class Stepping(LGPTrainer):

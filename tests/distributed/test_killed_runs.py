@@ -32,7 +32,10 @@ def assert_identical(one: Any, other: Any, name: str = "state") -> None:
         assert one == other, name
 
 
-@pytest.mark.parametrize("launcher", [ALONE, TORCHRUN], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(ALONE, id="one process"), pytest.param(TORCHRUN, id="two processes", marks=pytest.mark.slow)],
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(launcher: list[str], tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     result = start(launcher, "killed_run.py", str(straight), "-1")
