@@ -131,3 +131,49 @@ def report(trainer: Trainer, accuracy: float | None, held_out: str) -> None:
         print(f"  held-out accuracy       {accuracy:.2%} of {held_out}")
     if trainer.args.do_train:
         print(f"  steps with predictions  {steps}")
+
+
+def run(
+    trainer: Trainer, checkpoint: str | bool | None, task: str, held_out: str, model_args: Any, data_args: Any
+) -> dict[str, float]:
+    """Train and evaluate as the arguments say, save checkpoint and model card or push them, and report.
+
+    Args:
+        trainer: The trainer, with its data.
+        checkpoint: What to resume from.
+        task: The task's name on the Hub.
+        held_out: How many examples of what are held out, for the report.
+        model_args: Has ``model_name_or_path``.
+        data_args: Has ``dataset_name``.
+
+    Returns:
+        All metrics, ``train_*`` and ``eval_*``.
+    """
+    metrics: dict[str, float] = {}
+    if trainer.args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        metrics.update(result.metrics)
+    if trainer.args.do_eval:
+        evaluated = trainer.evaluate()
+        trainer.log_metrics("eval", evaluated)
+        trainer.save_metrics("eval", evaluated)
+        metrics.update(evaluated)
+
+    card = {
+        "finetuned_from": model_args.model_name_or_path,
+        "tasks": task,
+        "dataset": data_args.dataset_name,
+        "tags": [task, *(["vision"] if task == "image-classification" else [])],
+    }
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+    if trainer.is_world_process_zero():
+        report(trainer, metrics.get("eval_accuracy"), held_out)
+    return metrics

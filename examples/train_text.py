@@ -36,7 +36,7 @@ from typing import Any, Literal
 import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
-from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, report, resume_point
+from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, resume_point, run
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -335,34 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
 
-    metrics: dict[str, float] = {}
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        metrics.update(result.metrics)
-    if training_args.do_eval:
-        evaluated = trainer.evaluate()
-        trainer.log_metrics("eval", evaluated)
-        trainer.save_metrics("eval", evaluated)
-        metrics.update(evaluated)
-
-    card = {
-        "finetuned_from": model_args.model_name_or_path,
-        "tasks": "text-classification",
-        "dataset": data_args.dataset_name,
-        "tags": ["text-classification"],
-    }
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-
-    if trainer.is_world_process_zero():
-        report(trainer, metrics.get("eval_accuracy"), f"{len(held_out)} texts")
-    return metrics
+    return run(trainer, checkpoint, "text-classification", f"{len(held_out)} texts", model_args, data_args)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
-from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, report, resume_point
+from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, resume_point, run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -513,34 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=processor,
     )
 
-    metrics: dict[str, float] = {}
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        metrics.update(result.metrics)
-    if training_args.do_eval:
-        evaluated = trainer.evaluate()
-        trainer.log_metrics("eval", evaluated)
-        trainer.save_metrics("eval", evaluated)
-        metrics.update(evaluated)
-
-    card = {
-        "finetuned_from": model_args.model_name_or_path,
-        "tasks": "image-classification",
-        "dataset": data_args.dataset_name,
-        "tags": ["image-classification", "vision"],
-    }
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-
-    if trainer.is_world_process_zero():
-        report(trainer, metrics.get("eval_accuracy"), f"{len(held_out_images)} images")
-    return metrics
+    return run(trainer, checkpoint, "image-classification", f"{len(held_out_images)} images", model_args, data_args)
 
 
 if __name__ == "__main__":

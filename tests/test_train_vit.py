@@ -347,7 +347,7 @@ def test_fine_tuning_replaces_the_head_and_can_be_exact(
         part.save_pretrained(base)
     made_rows(20).to_parquet(str(tmp_path / "train.parquet"))
     trainers: list[Trainer] = []
-    monkeypatch.setattr(train_vit, "report", lambda trainer, *_: trainers.append(trainer))
+    monkeypatch.setattr(shared, "report", lambda trainer, *_: trainers.append(trainer))
     train_vit.main(
         f"--output_dir {tmp_path / 'out'} --model_name_or_path {base} --train_file {tmp_path / 'train.parquet'} "
         "--trainer exact --max_steps 1 --use_cpu --disable_tqdm true --save_strategy no".split()
