@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
-from transformers import HfArgumentParser, Trainer
+from transformers import EvalPrediction, HfArgumentParser, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
@@ -91,6 +92,16 @@ def class_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> n
             raise InputError(f"Row {row} of the {where} data is of class {name}, which the training data do not have.")
         result[row] = known[name]
     return result
+
+
+def accuracy(cache_dir: str | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """``compute_metrics`` of a classifier: the share of examples whose largest logit is their label's."""
+    metric = evaluate.load(str(ACCURACY), cache_dir=cache_dir)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return metric.compute(predictions=np.argmax(prediction.predictions, axis=1), references=prediction.label_ids)
+
+    return compute_metrics
 
 
 def resume_point(training_args: LGPTrainingArguments) -> str | bool | None:

@@ -33,10 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
-from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, resume_point, run
+from shared import InputError, accuracy, class_ids, class_names, find_column, parse, resume_point, run
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -45,7 +44,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
@@ -320,18 +318,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         return dict(tokenizer(rows["text"], truncation=True, max_length=data_args.max_length))
 
     train, held_out = (rows.map(tokens, batched=True, remove_columns="text") for rows in (train, held_out))
-    metric = evaluate.load(str(ACCURACY), cache_dir=model_args.cache_dir)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=np.argmax(prediction.predictions, axis=1), references=prediction.label_ids)
-
     trainer = (LGPTrainer if model_args.trainer == "lgp" else Trainer)(
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
+        compute_metrics=accuracy(model_args.cache_dir),
         processing_class=tokenizer,
     )
 

@@ -35,20 +35,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
-from shared import ACCURACY, InputError, class_ids, class_names, find_column, parse, resume_point, run
+from shared import InputError, accuracy, class_ids, class_names, find_column, parse, resume_point, run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    EvalPrediction,
     PreTrainedModel,
     Trainer,
     ViTConfig,
@@ -498,18 +496,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         train.padding = side // 8 if data_args.random_crop_padding is None else data_args.random_crop_padding
         train.flip = not data_args.is_digits if data_args.horizontal_flip is None else data_args.horizontal_flip
 
-    metric = evaluate.load(str(ACCURACY), cache_dir=model_args.cache_dir)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=np.argmax(prediction.predictions, axis=1), references=prediction.label_ids)
-
     trainer_class = LGPTrainer if model_args.trainer == "lgp" else Trainer
     trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=held_out,
-        compute_metrics=compute_metrics,
+        compute_metrics=accuracy(model_args.cache_dir),
         processing_class=processor,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from tiny import TEXT_FAMILIES, TinyImages, TinyTexts, tiny_model
+from tiny import TEXT_FAMILIES, TinyImages, TinyTexts, hooks_of, tiny_model
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 
@@ -85,13 +85,3 @@ def check_run(run: dict[str, Any], folder: str) -> int:
         assert 0.0 <= entry.get("lgp_rho2", 0.0) <= 1.0 and 0.0 <= entry.get("lgp_alpha", 0.0) <= 2.0, entry
         assert 0.0 <= entry.get("lgp_coverage", 0.0) <= 1.0 and entry.get("lgp_nonfinite", 0.0) == 0.0, entry
     return trainer._lgp_steps["predicted"]
-
-
-def hooks_of(model: torch.nn.Module) -> int:
-    """Number of this package's hooks on the model's modules."""
-    hooks = [
-        getattr(hook, "func", hook)
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
-    return sum(hook.__module__.startswith("hf_lgp") for hook in hooks)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TinyImages, tiny_vit
-from torch import nn
+from tiny import TinyImages, hooks_of, tiny_vit
 
 import hf_lgp.capture
 import hf_lgp.engine
@@ -98,10 +97,6 @@ def test_training_goes_on_exactly(
     assert trainer.state.global_step == 10 and sum(trainer._lgp_steps.values()) == 20
     assert trainer._lgp_steps["exact"] >= 2 and hooks_of(trainer.model) == hooks
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def test_the_step_in_which_a_hook_fails_keeps_its_exact_gradient(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TinyImages, tiny_vit
+from tiny import TinyImages, hooks_of, tiny_vit
 from torch import Tensor, nn
 from transformers import Trainer, ViTForImageClassification
 
@@ -48,10 +48,6 @@ def arguments(folder: Path, **settings: Any) -> LGPTrainingArguments:
 def trainer_for(folder: Path, kind: type[LGPTrainer] = LGPTrainer, data: Any = None, **settings: Any) -> LGPTrainer:
     data = data or TinyImages(64, dtype=torch.float32)
     return kind(tiny_vit(torch.float32), arguments(folder, **settings), train_dataset=data)
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def test_predictions_are_used_logged_and_every_hook_is_gone_afterwards(tmp_path: Path) -> None:

@@ -182,3 +182,13 @@ class TinyTexts(torch.utils.data.Dataset[dict[str, Tensor]]):
             "attention_mask": self.mask[index],
             "labels": self.labels[index],
         }
+
+
+def hooks_of(model: nn.Module) -> int:
+    """Number of this package's hooks on the model's modules."""
+    hooks = [
+        getattr(hook, "func", hook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return sum(hook.__module__.startswith("hf_lgp") for hook in hooks)
