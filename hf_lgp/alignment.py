@@ -111,6 +111,12 @@ class Alignment:
         return _quotient(gp, pp, 1.0).clamp(0.0, _LARGEST)
 
     @property
+    def path_coefficient(self) -> Tensor:
+        """Control-variate coefficient of the path alone, shape ``(L,)``; 0 before the first batch."""
+        _, gp, _, pp, _, _ = self._moments
+        return _quotient(gp, pp, 0.0).clamp(0.0, _LARGEST)
+
+    @property
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Control-variate coefficients of path and ridge, shape ``(L,)`` each; 0 before the first batch.
 

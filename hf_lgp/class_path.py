@@ -66,7 +66,7 @@ class ClassPath(RowNotes):
         The former lacks its own mean over ``D``, which no norm feels. A mean of normalised rows is shorter than a normalised mean,
         whose attention would be sharper than that of any row.
         """
-        others, spread = self._kept["others", index], self._kept["spread", index]
+        others, spread = self.others(index), self._kept["spread", index]
         weights = weights + torch.finfo(weights.dtype).tiny
         weights = weights / weights.sum(1, keepdim=True)
         means = torch.cat([weights / spread, weights], dim=2).to(others.dtype).mT @ others
@@ -110,6 +110,8 @@ class ClassPath(RowNotes):
             assert others is not None
             self._embeddings(terms, delta, others)
             self.finite = self.finite & suspect.isfinite()
+        if self.finite.device.type == "cpu" and bool(self.finite.all()):
+            return terms  # looking costs nothing there
         return [None if term is None else term.only(self.finite) for term in terms]
 
     def _assign(self, terms: list[PathTerm | None], found: Mapping[nn.Module | Tensor, PathTerm]) -> None:
@@ -130,7 +132,7 @@ class ClassPath(RowNotes):
         return _norm_backward(delta * norm.weight, normalised, spread), term
 
     def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, others: OtherRows) -> None:
-        rest = others.rows(self._kept["others", 0], self._kept["spread", 0])
+        rest = others.rows(self.others(0), self._kept["spread", 0])
         # What is not finite anywhere on an example's way is not finite at its end.
         self.finite = (delta.sum(1) + rest.sum((1, 2), dtype=delta.dtype)).isfinite()
         backbone = self.backbone

@@ -1,11 +1,17 @@
-"""The controller: which control fraction now, when to observe, when to refit, when to move the bases.
+"""The controller: which plan now, when to observe, when to refit, when to move the bases.
 
-It counts micro-batches and decides from counts alone, so it never waits for the device and every process of a
-distributed run takes the same branch.
+Within a period it decides from counts alone, so it never waits for the device and every process of a distributed run takes the
+same branch. With an automatic control fraction it reviews its plan every few dozen micro-batches, from figures that all processes share.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .costs import OBSERVED, Costs
+from .plans import EXACT, FRACTIONS, Plan, choose, price_of
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
@@ -14,38 +20,93 @@ _EAGER_BASIS_STEPS = 8
 _MEASURING_STEPS = 4
 """Predictions are compared with exact gradients at every so many micro-batches: coefficients change slowly."""
 
+_CALIBRATING_STEPS = 3
+"""Exact micro-batches, not observed, that are timed before the first choice."""
+
+_REVIEW_STEPS = 32
+"""Micro-batches between two choices of a plan: whole cycles of refits and basis moves at the default settings."""
+
+_CLEAN_STEPS = 101
+"""Micro-batches between two that are exact and not observed while a plan predicts, to time them; prime to what recurs otherwise."""
+
+_SETTLING_STEPS = 2
+"""Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
+
+_LOOKING_SHARE = 0.004
+"""Share of the time that may go into observing while every step is exact."""
+
 
 class Controller:
     """Decisions of one training run.
 
     Args:
-        settings: The method's settings.
+        settings: The method's settings; ``control_fraction`` 0 chooses automatically.
+        on_path: Whether the class path is followed: then plans without the regression are possible.
+        fractions: Control fractions to choose from.
 
     Attributes:
         seen: Micro-batches so far.
+        plan: The plan followed once the predictor is ready.
+        costs: Measured times.
+        rho2: Share of variance explained without and with the regression, as of the last review.
+        saved: Estimated seconds saved so far against exact training, negative for a loss.
     """
 
-    def __init__(self, settings: LGPSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: LGPSettings, on_path: bool, fractions: Sequence[float] = FRACTIONS) -> None:
+        self.settings, self.fractions = settings, fractions
         self.seen = 0
+        self.costs = Costs()
+        self.rho2 = {False: 0.0, True: 0.0}
+        self.saved = 0.0
         self._since_fit = 0
+        self._ready_at = -1
+        self._settling = 0
+        self._usual = 0
+        self.follow(on_path)
 
-    def fraction(self, ready: bool) -> float:
-        """Control fraction of the next micro-batch: 1 until the predictor is ready."""
-        return self.settings.control_fraction if ready else 1.0
+    def follow(self, on_path: bool) -> None:
+        """Start over with or without the class path."""
+        self.on_path = on_path
+        self.plan = EXACT if self.automatic else Plan(self.settings.control_fraction, ridge=True)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the plan is chosen by price."""
+        return self.settings.control_fraction == 0.0
+
+    def now(self, ready: bool) -> Plan:
+        """The plan of the next micro-batch: exact until the predictor is ready, and now and then to time exact steps."""
+        if not ready or self._calibrating(ready) or (self.automatic and self.seen % _CLEAN_STEPS == 0):
+            return EXACT
+        return self.plan
+
+    def _calibrating(self, ready: bool) -> bool:
+        if not self.automatic or not ready:
+            return False
+        return self._ready_at < 0 or self.seen - self._ready_at < _CALIBRATING_STEPS
 
     def observes(self, ready: bool) -> bool:
         """Whether the predictor takes examples from this micro-batch."""
+        if not ready:
+            return True
+        if self.automatic and self.now(ready).exact:
+            return self.plan.exact and not self._calibrating(ready) and self.seen % self._looking_steps() == 0
         return self.measures(ready) or self.seen % self.settings.observe_steps == 0
 
-    @property
-    def moves_bases(self) -> bool:
-        """Whether this micro-batch contributes to the bases."""
-        return self.seen < _EAGER_BASIS_STEPS or self.seen % self.settings.basis_steps == 0
+    def _looking_steps(self) -> int:
+        """Micro-batches between two observed ones while every step is exact: as rare as their cost demands."""
+        return _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / _LOOKING_SHARE / _REVIEW_STEPS))
+
+    def moves_bases(self, ready: bool) -> bool:
+        """Whether this micro-batch, if it is observed, contributes to the bases."""
+        if self.seen < _EAGER_BASIS_STEPS or self.seen % self.settings.basis_steps == 0:
+            return True
+        return self.automatic and (not ready or self.plan.exact)
 
     def measures(self, ready: bool) -> bool:
-        """Whether to compare predictions with the the exact gradients of this micro-batch."""
-        return not ready or self.moves_bases or self.seen % _MEASURING_STEPS == 0
+        """Whether to compare predictions with the the exact gradients of this micro-batch, if it is observed."""
+        steps = max(_MEASURING_STEPS, self.settings.observe_steps)
+        return not ready or self.moves_bases(ready) or self.seen % steps == 0
 
     def refit_due(self, remembered: int, fitted: bool, queue_full: bool) -> bool:
         """Whether to refit after this micro-batch.
@@ -59,19 +120,93 @@ class Controller:
             return remembered >= self.settings.warmup_examples
         return queue_full or self._since_fit >= self.settings.refit_steps
 
-    def advance(self) -> None:
-        """Count one micro-batch."""
+    def label(self, ready: bool, examples: int) -> Plan | None:
+        """What the time of this micro-batch is a reading of; None if it is not to be timed.
+
+        Args:
+            ready: Whether the predictor is ready.
+            examples: Size of the micro-batch: smaller ones than usual tell little.
+        """
+        self._usual = max(self._usual, examples)
+        if self._settling > 0 or examples < self._usual or not self.automatic:
+            return None
+        plan = self.now(ready)
+        return OBSERVED if plan.exact and self.observes(ready) else plan
+
+    def advance(self, ready: bool) -> None:
+        """Count one micro-batch.
+
+        Args:
+            ready: Whether the predictor was ready for it.
+        """
+        if ready and self._ready_at < 0:
+            self._ready_at = self.seen
         self.seen += 1
         self._since_fit += 1
+        self._settling = max(0, self._settling - 1)
 
     def refitted(self) -> None:
         """Note that the regression was just fitted."""
         self._since_fit = 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Counters by name."""
-        return {"seen": self.seen, "since_fit": self._since_fit}
+    # -- the choice of a plan ----------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.seen, self._since_fit = state["seen"], state["since_fit"]
+    def review_due(self, ready: bool) -> bool:
+        """Whether to :meth:`review` before the next micro-batch."""
+        if not self.automatic or not ready or self._ready_at < 0:
+            return False
+        since = self.seen - self._ready_at - _CALIBRATING_STEPS
+        return since >= 0 and since % _REVIEW_STEPS == 0
+
+    def review(self, readings: Sequence[tuple[Plan, float, float]], rho2: tuple[float, float]) -> bool:
+        """Choose a plan.
+
+        Args:
+            readings: Plan, size and seconds per unit of the micro-batches timed since the last review.
+            rho2: Share of variance explained without and with the regression.
+
+        Returns:
+            Whether the plan changed.
+        """
+        for plan, _, seconds in readings:
+            self.costs.record(plan, seconds)
+        exact = self.costs.seconds(EXACT)
+        if exact is not None:
+            self.saved += sum(size * (exact - seconds) for plan, size, seconds in readings if plan != EXACT)
+        self.rho2 = {False: rho2[0], True: max(rho2)}
+        candidates = [Plan(f, ridge) for f in self.fractions for ridge in ((False, True) if self.on_path else (True,))]
+        costs = {plan: self.costs.relative(plan) for plan in candidates}
+        budget = self.settings.variance_budget or math.inf
+        chosen = choose(self.plan, candidates, costs, self.rho2, budget)
+        changed = chosen != self.plan
+        if changed:
+            self.plan, self._settling = chosen, _SETTLING_STEPS
+        return changed
+
+    @property
+    def price(self) -> float:
+        """Price of the present plan by the figures of the last review; plain training has price 1."""
+        return price_of(self.plan, self.costs.relative(self.plan), self.rho2[self.plan.ridge])
+
+    # -- state -------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and figures by name, as JSON knows them."""
+        return {
+            "seen": self.seen,
+            "since_fit": self._since_fit,
+            "ready_at": self._ready_at,
+            "plan": [self.plan.fraction, self.plan.ridge],
+            "rho2": [self.rho2[False], self.rho2[True]],
+            "saved": self.saved,
+            "costs": self.costs.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; a plan that was chosen by price gives way to a fixed one."""
+        self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
+        if self.automatic:
+            self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]))
+        self.rho2 = dict(zip((False, True), state["rho2"], strict=True))
+        self.saved = state["saved"]
+        self.costs.load_state_dict(state["costs"])

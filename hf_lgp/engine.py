@@ -23,8 +23,10 @@ from .families import find_backbone
 from .injection import Splice, splice_head
 from .observer import MEASURED_EXAMPLES, Observation, Observer
 from .path_terms import PathTerm
+from .plans import FRACTIONS
 from .prediction_pass import prediction_pass
 from .predictor import GradientPredictor
+from .review import Review
 from .row_notes import is_active
 from .rules import Rule, coverage, trunk_rules
 from .settings import LGPSettings
@@ -32,6 +34,10 @@ from .subspace import Subspace
 
 _APART_EXAMPLES = 16
 """Largest number of examples in an observation pass of its own: it is paid for, unlike a ride on the control pass."""
+
+
+_COMPILED_FRACTIONS = (0.25,)
+"""Control fractions to choose from where every one is a graph of its own to compile."""
 
 
 class SpliceBypassedError(RuntimeError):
@@ -99,7 +105,8 @@ class LGPEngine:
         # What memory may not suffice for stands above: nothing is hooked to the model yet.
         self.path = ClassPath(backbone, self.rules) if backbone is not None and on_path else None
         self.shortcut = None if backbone is None else prediction_pass(model, head, backbone, self.path)
-        self.controller = Controller(settings)
+        self.controller = Controller(settings, self.path is not None, _COMPILED_FRACTIONS if apart else FRACTIONS)
+        self.review = Review(self.controller, self.predictor.alignment, self._weights(), exchange, device)
         self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, exchange, device)
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
         self._collected: tuple[Tensor, Tensor] | None = None
@@ -113,7 +120,16 @@ class LGPEngine:
 
     def controls(self, examples: int) -> int:
         """Number of control examples of the next micro-batch; equal to ``examples`` when the step is to be exact."""
-        return control_size(examples, self.controller.fraction(self.predictor.ready))
+        return control_size(examples, self.controller.now(self.predictor.ready).fraction)
+
+    def begin(self, examples: int, size: int) -> None:
+        """Begin a micro-batch: review the plan if that is due, and start the clock.
+
+        Args:
+            examples: Size ``m`` of the micro-batch.
+            size: Entries of the model's input, the unit of work in which times are compared.
+        """
+        self.review.begin(self.predictor.ready, examples, size)
 
     def record_loss_scale(self, gradient: Tensor) -> None:
         """Hook for the loss: note the factor (accumulation, loss scaling) that its backward pass starts from."""
@@ -236,6 +252,7 @@ class LGPEngine:
         self.path = self.observer.path = self.shortcut = None
         settings = self._given.resolved(on_path=False)
         self.settings = self.controller.settings = self.observer.settings = settings
+        self.controller.follow(on_path=False)
         self.predictor.memory = settings.memory_steps / settings.observe_steps
 
     @contextmanager
@@ -279,6 +296,7 @@ class LGPEngine:
         if self.observer.exhaustion.error is not None:
             raise self.observer.exhaustion.error
         self.observer.learn()
+        self.review.end()
 
     @property
     def predicts_all(self) -> bool:
@@ -308,19 +326,25 @@ class LGPEngine:
         values = torch.stack([v.mean() for v in (alignment.rho2, ridge, path, alignment.captured)]).tolist()
         return {
             **dict(zip(names, values, strict=True)),
+            **self.review.metrics(self.predictor.ready),
             "window": float(self.predictor.size),
             "coverage": coverage([rule for _, rule in self.predicted_rules], *self._whole),
             "nonfinite": float(self._nonfinite),
         }
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def _weights(self) -> Tensor:
+        """Share of every rule's parameters in the trunk's, shape ``(L,)``: what has no rule keeps its variance whole."""
+        sizes = torch.tensor([sum(p.numel() for p in rule.parameters) for rule in self.rules], dtype=torch.float64)
+        return (self.coverage * sizes / sizes.sum()).to(self.device, self.predictor.alignment.rho2.dtype)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and counters needed to go on exactly where this engine stands."""
         reached = torch.zeros(len(self.rules), dtype=torch.bool)
         reached[sorted(self.observer.capture.reached)] = True
         own = {"reached": reached, "nonfinite": self._nonfinite}
         return {**self.predictor.state_dict(), **own}, self.controller.state_dict()
 
-    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
@@ -384,7 +408,12 @@ class LGPEngine:
         pullbacks = residuals[observation.chosen].to(wide) @ self.head.weight.to(wide)
         observation.pullbacks = pullbacks / self.observer.unit
         self.observer.follow_path(observation.pullbacks)
-        if self.predictor.regression.fitted and self._measured:
+        self._predict_measured(observation)
+
+    def _predict_measured(self, observation: Observation) -> None:
+        """Predict the exact examples that predictions are compared with, for no other use."""
+        assert observation.features is not None and observation.pullbacks is not None
+        if self.predictor.regression.fitted and self._measured and len(observation.features):
             few = slice(0, self._measured)
             rows = self.predictor.kernel_rows(observation.features[few], observation.pullbacks[few])
             observation.predicted = self.predictor.predict(rows)
@@ -403,39 +432,44 @@ class LGPEngine:
         assert observation is not None
         predictor, unit = self.predictor, self.observer.unit
         pullbacks = pullbacks / unit
-        rows = predictor.kernel_rows(features, pullbacks)
-        control = rows[: observation.controls]
-        difference = rows.sum(0, keepdim=True) - observation.weight * control.sum(0, keepdim=True)
-        measured = control[observation.chosen][: self._measured]
-        predicted = predictor.predict(torch.cat([difference, measured]))
         observation.features = features[: observation.controls][observation.chosen]
         observation.pullbacks = pullbacks[: observation.controls][observation.chosen]
-        observation.predicted = predicted[1:] if len(measured) else None
-        path_alpha, ridge_alpha = predictor.alignment.coefficients
-        correction = predicted[0] * predictor.subspace.per_coordinate(ridge_alpha) * unit
-        # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
-        finite = correction.isfinite().all()
-        terms = self.observer.follow_path(pullbacks)
         weights = torch.ones_like(pullbacks[:, 0])
         weights[: observation.controls] -= observation.weight
-        weights = weights * (path_alpha[:, None] * unit)
+        finite, correction = torch.ones_like(self._nonfinite, dtype=torch.bool), None
+        if self.controller.plan.ridge:
+            rows = predictor.kernel_rows(features, pullbacks)
+            measured = rows[: observation.controls][observation.chosen][: self._measured]
+            predicted = predictor.predict(torch.cat([weights[None] @ rows, measured]))
+            observation.predicted = predicted[1:] if len(measured) else None
+            path_alpha, ridge_alpha = predictor.alignment.coefficients
+            correction = predicted[0] * predictor.subspace.per_coordinate(ridge_alpha) * unit
+            # A non-finite prediction is dropped where it stands: what remains is the control gradient alone, still unbiased.
+            finite = correction.isfinite().all()
+            correction = torch.where(finite, correction, torch.zeros_like(correction))
+        else:
+            path_alpha = predictor.alignment.path_coefficient
+            self._predict_measured(observation)
+        terms = self.observer.follow_path(pullbacks)
         self._nonfinite += ~finite if self.path is None else ~(finite & self.path.finite.all())
-        correction = torch.where(finite, correction, torch.zeros_like(correction))
-        return self._assemble(correction, terms, weights)
+        return self._assemble(correction, terms, weights * (path_alpha[:, None] * unit))
 
     @record_function("hf_lgp.lift")
     def _assemble(
-        self, correction: Tensor, terms: list[PathTerm | None] | None, weights: Tensor
+        self, correction: Tensor | None, terms: list[PathTerm | None] | None, weights: Tensor
     ) -> list[Tensor | None]:
-        """Parameter gradients from the regression's coordinates and the path's weighted terms."""
+        """Parameter gradients from the regression's coordinates, if it predicts, and the path's weighted terms."""
         gradients: list[Tensor | None] = []
-        factors = self.predictor.subspace.lift_factors(correction)
+        factors = None if correction is None else self.predictor.subspace.lift_factors(correction)
         for position, rule in self.predicted_rules:
-            lifted = factors[position]
+            lifted = None if factors is None else factors[position]
             term = None if terms is None else terms[position]
             if term is not None:
                 own = term.total(weights[position], lifted)
-            else:
+            elif lifted is not None:
                 own = rule.gradients(lifted[0] @ lifted[1].T)
+            else:
+                gradients.extend([None] * len(rule.parameters))
+                continue
             gradients.extend(g.reshape(p.shape).to(p.dtype) for g, p in zip(own, rule.parameters, strict=True))
         return gradients

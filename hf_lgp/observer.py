@@ -133,7 +133,7 @@ class Observer:
         chosen = self.current.chosen
         count = self.current.controls if isinstance(chosen, slice) else len(chosen)
         count = min(count, self.examples)
-        self._moving = self.controller.moves_bases and count >= 2
+        self._moving = self.controller.moves_bases(self.predictor.ready) and count >= 2
         self.capture.arm(
             self._coordinates[:count], self.current.controls, chosen, self._use_for_bases if self._moving else None
         )
@@ -177,9 +177,11 @@ class Observer:
         if self.watching and observation.features is not None and observation.pullbacks is not None:
             self._take(observation, observation.features, observation.pullbacks)
         self.current = self.loss_scale = None
-        self.controller.advance()
+        self.controller.advance(self.predictor.ready)
         queue_full = self.predictor.waiting + self.examples * self.exchange.processes > self.predictor.queue
-        if self.controller.refit_due(self.predictor.remembered, self.predictor.regression.fitted, queue_full):
+        if self.predictor.waiting and self.controller.refit_due(
+            self.predictor.remembered, self.predictor.regression.fitted, queue_full
+        ):
             with record_function("hf_lgp.refit"):
                 self.predictor.refit()
             self.controller.refitted()

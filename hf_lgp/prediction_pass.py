@@ -21,7 +21,7 @@ from .row_notes import Backbone, RowNotes, compute_dtype, is_active
 _SHORT_SEQUENCE = 128
 """Rows up to which explicit attention in bfloat16 beats the fused kernel on a CPU."""
 
-_CPU_ROWS = 2048
+_CPU_ROWS = 4096
 """Rows that go through the blocks together on a CPU."""
 
 
@@ -55,35 +55,104 @@ class PredictionPass:
         hidden = None if self.backbone.embed is None else self.backbone.embed(inputs)
         if hidden is None:
             return None
+        product_dtype = _product_dtype(hidden)
         rows = slice(0, len(hidden)) if self.path is None else self.path.armed
-        parts, start, leaving = _parts(hidden), rows.start, []
-        for part in parts:
+        with torch.autocast(hidden.device.type, enabled=False):
+            blocks = [FoldedBlock(block, product_dtype) for block in self.backbone.blocks[:-1]]
+        start, entering = rows.start, []
+        for part in _parts(hidden):
             if self.path is not None:
                 self.path.arm(slice(start, start + len(part)))
             start += len(part)
-            leaving.append(self._class_row(part))
+            entering.append(self._before_last(part, blocks))
         if self.path is not None:
             self.path.arm(rows)
-        row = leaving[0] if len(leaving) == 1 else torch.cat(leaving)
+        row = self._through_last(entering, rows).to(hidden.dtype)
         return row if norm is None else F.layer_norm(row, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-    def _class_row(self, hidden: Tensor) -> Tensor:
-        """The class row that leaves the last block, shape ``(b, D)``, from the first block's input."""
-        *blocks, last = self.backbone.blocks
+    def _before_last(self, hidden: Tensor, blocks: Sequence[FoldedBlock]) -> BlockRows | None:
+        """What the last block's class row needs, from the first block's input, shape ``(b, T, D)``; None if the path has noted it."""
         for index, block in enumerate(blocks):
-            if self.path is not None:
-                self.path.note(index, hidden)
-            hidden = _through(block, hidden)
+            normalised = _normalise(hidden, block.eps_before) if self.path is None else self.path.note(index, hidden)
+            hidden = block.forward(hidden, normalised)
         if self.path is not None:
-            rows = self.path.note_last(hidden)
+            self.path.note(len(blocks), hidden)
+            return None
+        others = _normalise(hidden[:, 1:], self.backbone.blocks[-1].norm_before.eps).to(compute_dtype(hidden))
+        return BlockRows(hidden[:, :1].to(torch.promote_types(hidden.dtype, torch.float32)), others)
+
+    def _through_last(self, parts: Sequence[BlockRows | None], examples: slice) -> Tensor:
+        """The class row that leaves the last block, shape ``(b, D)``."""
+        own = [part for part in parts if part is not None]
+        if self.path is not None:
+            rows = self.path.block_rows(len(self.backbone.blocks) - 1, examples)
         else:
-            width = hidden.shape[-1:]
-            others = F.layer_norm(hidden[:, 1:], width, eps=last.norm_before.eps).to(compute_dtype(hidden))
-            rows = BlockRows(hidden[:, :1].to(torch.promote_types(hidden.dtype, torch.float32)), others)
-        leaving = FollowedRows(last, rows, graph=False).leaving[:, 0]
+            rows = BlockRows(torch.cat([part.entering for part in own]), torch.cat([part.others for part in own]))
+        leaving = FollowedRows(self.backbone.blocks[-1], rows, graph=False).leaving[:, 0]
         if self.path is not None:
             self.path.note_leaving(leaving)
-        return leaving.to(hidden.dtype)
+        return leaving
+
+
+class FoldedBlock:
+    """A block that draws nothing at random, with as few operations as its forward needs.
+
+    Affine maps of norms are folded into the layers behind them, layer scales into the layers before them, the scores' factor into the
+    queries; queries, keys and values are one layer. Made anew in every step: weights change.
+
+    Args:
+        block: The block.
+        dtype: Dtype of its products.
+
+    Attributes:
+        eps_before: Stabiliser of the norm before the attention.
+    """
+
+    def __init__(self, block: AttentionBlock, dtype: torch.dtype) -> None:
+        self.eps_before, self._eps_after = block.norm_before.eps, block.norm_after.eps
+        self._heads, self._activation, self._dtype = block.heads, block.activation, dtype
+        self._width = block.query.out_features
+        before, after = block.norm_before, block.norm_after
+        query, key, value = (_behind(before, layer) for layer in (block.query, block.key, block.value))
+        scaled = [part * block.scaling for part in query]
+        self._together = [torch.cat(parts).to(dtype) for parts in zip(scaled, key, value, strict=True)]
+        scales = block.scales or (None, None)
+        self._output = [part.to(dtype) for part in _before(scales[0], block.output)]
+        self._expand = [part.to(dtype) for part in _behind(after, block.expand)]
+        self._contract = [part.to(dtype) for part in _before(scales[1], block.contract)]
+
+    def forward(self, hidden: Tensor, normalised: Tensor) -> Tensor:
+        """The block's output.
+
+        Args:
+            hidden: Rows that enter, shape ``(b, T, D)``.
+            normalised: The same after the first norm without its affine map.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            together = F.linear(normalised.to(self._dtype), *self._together)
+            query, key, value = together.split([self._width, self._width, together.shape[-1] - 2 * self._width], -1)
+            heads = [part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in (query, key, value)]
+            attended = attend(*heads).transpose(1, 2).flatten(2)
+            middle = hidden + F.linear(attended, *self._output)
+            expanded = F.linear(_normalise(middle, self._eps_after).to(self._dtype), *self._expand)
+            return middle.add_(F.linear(self._activation(expanded), *self._contract))
+
+
+def _behind(norm: nn.LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer and the affine map of the norm before it in one."""
+    bias = layer.weight @ norm.bias
+    return layer.weight * norm.weight, bias if layer.bias is None else bias + layer.bias
+
+
+def _before(scale: Tensor | None, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer and the layer scale behind it in one."""
+    bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+    return (layer.weight, bias) if scale is None else (layer.weight * scale[:, None], bias * scale)
+
+
+def _normalise(hidden: Tensor, eps: float) -> Tensor:
+    """A norm without affine map."""
+    return F.layer_norm(hidden, hidden.shape[-1:], eps=eps)
 
 
 def _parts(hidden: Tensor) -> Sequence[Tensor]:
@@ -94,37 +163,20 @@ def _parts(hidden: Tensor) -> Sequence[Tensor]:
     return hidden.tensor_split(min(examples, -(-examples * rows // _CPU_ROWS)))
 
 
-def _through(block: AttentionBlock, hidden: Tensor) -> Tensor:
-    """A whole block's forward, shape ``(b, T, D)``, of a block that draws nothing at random."""
-    normalised = block.norm_before(hidden).to(_product_dtype(hidden))  # once, not in each projection
-    query, key, value = (
-        layer(normalised).unflatten(-1, (block.heads, -1)).transpose(1, 2)
-        for layer in (block.query, block.key, block.value)
-    )
-    attended = attend(query, key, value, block.scaling).transpose(1, 2).flatten(2)
-    attention = block.output(attended)
-    middle = hidden + (attention if block.scales is None else attention * block.scales[0])
-    expanded = block.activation(block.expand(block.norm_after(middle)))
-    contracted = block.contract(expanded)
-    return middle.add_(contracted if block.scales is None else contracted * block.scales[1])
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Scaled dot-product attention without a graph.
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dot-product attention without a graph.
 
     Args:
-        query: Queries, shape ``(b, H, T, d)``.
+        query: Queries, already scaled, shape ``(b, H, T, d)``.
         key: Keys, same shape.
-        value: Values, same shape.
-        scaling: Factor of the scores.
+        value: Values, shape ``(b, H, T, d')``.
 
     Returns:
-        Attention outputs, shape ``(b, H, T, d)``.
+        Attention outputs, shape ``(b, H, T, d')``.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT_SEQUENCE:
-        with torch.autocast("cpu", enabled=False):
-            return (query * scaling @ key.mT).softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return (query @ key.mT).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

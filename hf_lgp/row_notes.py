@@ -106,7 +106,7 @@ class RowNotes:
         self._kept.clear()
         self._scratch = None
 
-    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> None:
+    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         key, shape = (name, index), (self._total, *values.shape[1:])
         dtype = dtype or values.dtype
         buffer = self._kept.get(key)
@@ -114,8 +114,10 @@ class RowNotes:
             buffer = self._kept[key] = torch.empty(shape, dtype=dtype, device=values.device)
         if name == "bias" and key not in self._fresh:
             buffer.zero_()  # a forward without a mask notes none
-        buffer[self._rows] = values
+        kept = buffer[self._rows]
+        kept.copy_(values)
         self._fresh.add(key)
+        return kept
 
     def _get(self, name: str, index: int) -> Tensor | None:
         return self._kept[name, index] if (name, index) in self._fresh else None
@@ -125,18 +127,27 @@ class RowNotes:
             self.note(index, args[0] if args else kwargs["hidden_states"])
 
     @torch.no_grad()
-    def note(self, index: int, hidden: Tensor) -> None:
-        """Note rows that enter a block, shape ``(b, T, D)``; hooks call it where the block itself is called."""
+    def note(self, index: int, hidden: Tensor) -> Tensor:
+        """Note rows that enter a block; hooks call it where the block itself is called.
+
+        Args:
+            index: The block.
+            hidden: The rows, shape ``(b, T, D)``.
+
+        Returns:
+            The chosen rows after the norm without its affine map, in the dtype of the path's products.
+        """
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
         normalised, spread = self._normalise(hidden, block.norm_before.eps)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
+        kept = self._keep("normalised", index, normalised, compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], wide)
         self._keep("spread", index, spread[:, 1:])
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
+        return kept
 
     def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
@@ -212,11 +223,9 @@ class RowNotes:
         patches = self._unfold(args[0].detach()[self._chosen])
         self._keep("patches", 0, patches, compute_dtype(patches))
 
-    def note_last(self, hidden: Tensor) -> BlockRows:
-        """Note rows that enter the last block and give back what was noted of them, shape ``(b, T, D)``."""
-        index = len(self.backbone.blocks) - 1
-        self.note(index, hidden)
-        return self.block_rows(index, self._rows)
+    def others(self, index: int) -> Tensor:
+        """The normalised rows behind the class row that entered a block, shape ``(m, T - 1, D)``."""
+        return self._kept["normalised", index][:, 1:]
 
     def note_leaving(self, row: Tensor) -> None:
         """Note the class row that leaves the last block, shape ``(b, D)``."""
@@ -237,7 +246,7 @@ class RowNotes:
         bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
         return BlockRows(
             followed,
-            self._kept["others", index][part],
+            self.others(index)[part],
             normalised,
             None if bias is None else bias[part],
             None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),

@@ -12,7 +12,10 @@ class LGPSettings:
     """Settings of linear gradient prediction; the fields of ``LGPTrainingArguments`` without their ``lgp_`` prefix.
 
     Attributes:
-        control_fraction: Share ``f`` of every micro-batch that gets exact gradients, in (0, 1]; 1 is plain training.
+        control_fraction: Share ``f`` of every micro-batch that gets exact gradients, in (0, 1]; 1 is plain training, 0 chooses by
+            measured price, exact steps included.
+        variance_budget: Largest variance of the gradient, relative to the exact one of the same micro-batch, that an automatic control
+            fraction may cause; 0 for no limit.
         window: Number of recent exact examples the regression is fitted on.
         rank: Basis vectors per side of a weight matrix's factored coordinates.
         kernel: ``"linear"`` or ``"rbf"``.
@@ -21,8 +24,8 @@ class LGPSettings:
         warmup_examples: Exact examples to gather before the first prediction; the steps until then are exact.
         observe_examples: Largest number of exact examples observed per micro-batch.
         observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts; 0 to choose:
-            2 where the class path does most of the work, 1 where the regression is alone.
-        refit_steps: Micro-batches between two fits of the regression; 0 to choose: 8 with the class path, 4 without.
+            8 where the class path does most of the work, 1 where the regression is alone.
+        refit_steps: Micro-batches between two fits of the regression; 0 to choose: 16 with the class path, 4 without.
         basis_steps: Micro-batches between two moves of the bases; 0 to choose: 16 with the class path, 12 without.
         class_path: Whether to use the class-token path where the model has one.
         seed: Seed of the private random stream that draws the control examples.
@@ -32,7 +35,8 @@ class LGPSettings:
         ValueError: If a value is out of range; the message says what to change.
     """
 
-    control_fraction: float = 0.25
+    control_fraction: float = 0.0
+    variance_budget: float = 1.5
     window: int = 2048
     rank: int = 16
     kernel: Kernel = "rbf"
@@ -48,9 +52,15 @@ class LGPSettings:
     head: str = ""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.control_fraction <= 1.0:
+        if not 0.0 <= self.control_fraction <= 1.0:
             raise ValueError(
-                f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training."
+                f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training, 0 to "
+                "have it chosen."
+            )
+        if self.variance_budget != 0.0 and not self.variance_budget > 1.0:
+            raise ValueError(
+                f"`lgp_variance_budget` must exceed 1, the variance of exact training, got {self.variance_budget}. Use "
+                "`lgp_control_fraction=1` for that, or 0 for no limit."
             )
         for name in ("window", "rank", "memory_steps", "warmup_examples"):
             if getattr(self, name) < 1:
@@ -80,7 +90,7 @@ class LGPSettings:
         Args:
             on_path: Whether the class path is followed.
         """
-        observe, refit, basis = (2, 8, 16) if on_path else (1, 4, 12)
+        observe, refit, basis = (8, 16, 16) if on_path else (1, 4, 12)
         return replace(
             self,
             observe_steps=self.observe_steps or observe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ class StateFileError(ValueError):
     """The files are missing, or not what :func:`write_state` writes."""
 
 
-def write_state(folder: str, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+def write_state(folder: str, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
     """Write the predictor's state into a checkpoint folder."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     safetensors.torch.save_file(tensors, os.path.join(folder, STATE_NAME))
@@ -25,7 +26,7 @@ def write_state(folder: str, tensors: dict[str, Tensor], counters: dict[str, int
         json.dump(counters, file)
 
 
-def read_state(folder: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+def read_state(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_state` wrote.
 
     Raises:

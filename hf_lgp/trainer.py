@@ -18,7 +18,9 @@ from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
 from .estimator import relative_cost
 from .exhaustion import is_exhaustion
+from .figure_callback import FigureCallback
 from .head import find_head, named_head
+from .model_card import extend_card
 from .renamed_weights import restore_renamed_weights
 from .settings import LGPSettings
 from .state_files import StateFileError, read_state, write_state
@@ -50,7 +52,7 @@ class LGPTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._lgp_settings = LGPSettings()
         self._lgp_engine: LGPEngine | None = None
-        self._lgp_restored: tuple[dict[str, Tensor], dict[str, int]] | None = None
+        self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._lgp_micro_batch = (-1, 0)
         self._lgp_steps = {"exact": 0, "predicted": 0}
         self._lgp_cost = 1.0
@@ -58,6 +60,7 @@ class LGPTrainer(Trainer):
         self._lgp_loading: str | None = None
         self._lgp_exhausted = False
         super().__init__(*args, **kwargs)
+        self.add_callback(FigureCallback)
         self._lgp_validate()
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
@@ -177,6 +180,7 @@ class LGPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         assert examples is not None
         seed = self._lgp_seed()
+        engine.begin(examples, _work(inputs))
         controls = engine.controls(examples)
         if controls == examples:
             self._lgp_steps["exact"] += 1
@@ -277,7 +281,6 @@ class LGPTrainer(Trainer):
         if "loss" in logs and self._lgp_engine is not None:
             taken = sum(self._lgp_steps.values())
             readings = {
-                "fraction": self._lgp_engine.controller.fraction(self._lgp_engine.predictor.ready),
                 "exact_share": self._lgp_steps["exact"] / max(1, taken),
                 **self._lgp_engine.metrics(),
             }
@@ -289,6 +292,19 @@ class LGPTrainer(Trainer):
                 )
                 self._lgp_nonfinite_seen = readings["nonfinite"]
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card as ``Trainer`` does, with a section on what predicted gradients did in this run."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            extend_card(
+                self.args.output_dir,
+                self.state.log_history,
+                self._lgp_settings,
+                model_class=type(self._lgp_model).__name__,
+                source=self.hub_model_id,
+                dataset=kwargs.get("dataset"),
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._lgp_loading = resume_from_checkpoint
@@ -321,3 +337,8 @@ class LGPTrainer(Trainer):
             logger.warning(f"No usable LGP state in {checkpoint} ({error}): the predictor starts afresh.")
             return
         self._lgp_restored = tensors, counters
+
+
+def _work(inputs: dict[str, Any]) -> int:
+    """Entries of the model's largest input: the unit of work in which times of micro-batches are compared."""
+    return max(value.numel() for value in inputs.values() if isinstance(value, Tensor))

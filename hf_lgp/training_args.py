@@ -20,9 +20,16 @@ class LGPTrainingArguments(TrainingArguments):
     """
 
     lgp_control_fraction: float = field(
-        default=0.25,
+        default=0.0,
         metadata={
-            "help": "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit."
+            "help": "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit. "
+            "0: choose by measured price, exact steps where nothing pays."
+        },
+    )
+    lgp_variance_budget: float = field(
+        default=1.5,
+        metadata={
+            "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause. 0: no limit."
         },
     )
     lgp_window: int = field(
@@ -54,12 +61,12 @@ class LGPTrainingArguments(TrainingArguments):
         default=0,
         metadata={
             "help": "Micro-batches between two that the predictor takes exact examples from. "
-            "0: 2 with the class path, 1 without."
+            "0: 8 with the class path, 1 without."
         },
     )
     lgp_refit_steps: int = field(
         default=0,
-        metadata={"help": "Micro-batches between two fits of the predictor. 0: 8 with the class path, 4 without."},
+        metadata={"help": "Micro-batches between two fits of the predictor. 0: 16 with the class path, 4 without."},
     )
     lgp_basis_steps: int = field(
         default=0,

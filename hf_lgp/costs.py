@@ -1,0 +1,83 @@
+"""What a micro-batch costs under each plan, from measured times."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable
+
+from .plans import EXACT, Plan
+
+OBSERVED = Plan(1.0, ridge=True)
+"""Stands for exact steps that the predictor learns from."""
+
+_KEPT = 48
+"""Readings kept of each plan: some cycles of refits and basis moves, which are dear and rare."""
+
+_ENOUGH = 12
+"""Readings that make a plan known."""
+
+_OUTLIER = 5.0
+"""Readings beyond so many medians are the machine's, not the plan's."""
+
+_PREDICTION = 0.4
+"""A prediction in units of an exact example, before one was timed: a forward pass and a little more."""
+
+_SLOPE = 0.7
+"""What another control example instead of a prediction costs, in units of an exact example, about a plan that was timed."""
+
+_RIDGE = 0.03
+"""The regression's part in a step, in units of an exact step, before it was timed."""
+
+
+class Costs:
+    """Seconds of one unit of work (an entry of the model's input) by plan; those not yet timed are put together from others."""
+
+    def __init__(self) -> None:
+        self._readings: dict[Plan, deque[float]] = {}
+
+    def record(self, plan: Plan, seconds: float) -> None:
+        """Note the time of one micro-batch, per unit."""
+        self._readings.setdefault(plan, deque(maxlen=_KEPT)).append(seconds)
+
+    def seconds(self, plan: Plan) -> float | None:
+        """Mean time of a micro-batch per unit, rare dear parts included; None if too few were timed.
+
+        Of exact steps, which are timed now and then and are all alike, the median.
+        """
+        readings = self._readings.get(plan, ())
+        if not readings or (plan not in (EXACT, OBSERVED) and len(readings) < _ENOUGH):
+            return None
+        median = statistics.median(readings)
+        if plan in (EXACT, OBSERVED):
+            return median
+        return statistics.fmean(min(reading, _OUTLIER * median) for reading in readings)
+
+    def relative(self, plan: Plan) -> float:
+        """Cost of a plan in exact steps, measured if it was timed, else from a timed plan nearby, else from operation counts."""
+        if plan.exact:
+            return 1.0
+        exact = self.seconds(EXACT)
+        known = {other: s for other in self._readings if not other.exact and (s := self.seconds(other)) is not None}
+        if exact is None or not known:
+            return plan.fraction + (1.0 - plan.fraction) * _PREDICTION + _RIDGE * plan.ridge
+        if plan in known:
+            return known[plan] / exact
+        nearest = min(known, key=lambda other: (other.ridge != plan.ridge, abs(other.fraction - plan.fraction)))
+        ridge = _RIDGE * (plan.ridge - nearest.ridge)
+        return known[nearest] / exact + _SLOPE * (plan.fraction - nearest.fraction) + ridge
+
+    def observing(self) -> float:
+        """What learning from an exact step adds to it, in exact steps; 1 before it was timed."""
+        exact, observed = self.seconds(EXACT), self.seconds(OBSERVED)
+        return 1.0 if exact is None or observed is None else max(0.0, observed / exact - 1.0)
+
+    def state_dict(self) -> list[list[float]]:
+        """Readings, one row per plan: fraction, ridge, readings."""
+        return [[plan.fraction, float(plan.ridge), *readings] for plan, readings in self._readings.items()]
+
+    def load_state_dict(self, rows: Iterable[list[float]]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._readings = {
+            Plan(fraction, bool(ridge)): deque(readings, maxlen=_KEPT) for fraction, ridge, *readings in rows
+        }

@@ -1,0 +1,32 @@
+"""A callback that leaves a figure of the run in the output folder when training ends."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .figure import FIGURE_NAME, draw_history
+
+logger = logging.get_logger(__name__)
+
+
+class FigureCallback(TrainerCallback):
+    """Draws ``lgp.png`` into ``args.output_dir`` at the end of training, on the world's main process.
+
+    Without matplotlib, or if nothing was predicted in this run, no figure appears.
+    """
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw what was logged; a figure that fails costs a warning, never the run."""
+        if not state.is_world_process_zero or args.output_dir is None:
+            return
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+            draw_history(state.log_history, os.path.join(args.output_dir, FIGURE_NAME))
+        except Exception as error:
+            logger.warning(f"No figure of this run could be drawn: {error}")

@@ -1,0 +1,74 @@
+"""Plans: what a micro-batch may do, what each plan costs and how noisy it is, and which one to follow.
+
+A plan is a control fraction with or without the regression. Its price is formula (4) of the estimator with measured figures: the
+time of a step over that of an exact one, times the variance of its gradient over that of the exact one. Plain training has price
+1; a plan above that is a loss, whatever it saves per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .estimator import relative_variance
+
+
+@dataclass(frozen=True, order=True)
+class Plan:
+    """How a micro-batch is trained on.
+
+    Attributes:
+        fraction: Control fraction ``f`` in (0, 1]; 1 is an exact step.
+        ridge: Whether the regression predicts what the class path leaves over; without a path it is all there is.
+    """
+
+    fraction: float
+    ridge: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is predicted."""
+        return self.fraction >= 1.0
+
+
+EXACT = Plan(1.0)
+
+FRACTIONS = (0.125, 0.25, 0.5)
+"""Control fractions to choose from: few, so that shapes, and with them compiled graphs and buffers, stay few."""
+
+HYSTERESIS = 0.97
+"""A plan is left only for one whose price is lower by this factor: prices are measured, and every change costs a little."""
+
+
+def price_of(plan: Plan, cost: float, rho2: float) -> float:
+    """Price of a plan: variance times cost, both relative to exact training.
+
+    Args:
+        plan: The plan.
+        cost: Time of its step over that of an exact step.
+        rho2: Share of the gradient's variance that its predictions explain.
+    """
+    return 1.0 if plan.exact else cost * relative_variance(plan.fraction, rho2)
+
+
+def choose(
+    current: Plan, candidates: Sequence[Plan], costs: Mapping[Plan, float], rho2: Mapping[bool, float], budget: float
+) -> Plan:
+    """The plan of least price within the variance budget, the current one unless another is clearly better.
+
+    Args:
+        current: The plan followed so far.
+        candidates: Plans to choose from besides exact training.
+        costs: Cost of each candidate relative to an exact step.
+        rho2: Share of variance explained, without and with the regression.
+        budget: Largest variance of the gradient relative to the exact one; exact training keeps to any budget.
+    """
+    prices = {
+        plan: price_of(plan, costs[plan], rho2[plan.ridge])
+        for plan in candidates
+        if relative_variance(plan.fraction, rho2[plan.ridge]) <= budget
+    }
+    prices[EXACT] = 1.0
+    best = min(prices, key=lambda plan: prices[plan])
+    stays = current in prices and prices[best] > HYSTERESIS * prices[current]
+    return current if stays else best

@@ -1,0 +1,96 @@
+"""The review: times every micro-batch and lets the controller choose a plan from what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .alignment import Alignment
+from .controller import Controller
+from .exchange import Exchange
+from .plans import EXACT, Plan
+from .stopwatch import Stopwatch
+
+_IDEAL_PREDICTION = 1.0 / 3.0
+"""A forward pass in units of a forward and backward pass, by operation count."""
+
+
+class Review:
+    """Readings for the controller, the same on all processes.
+
+    Args:
+        controller: Takes the readings.
+        alignment: Tells how well gradients are predicted.
+        weights: Share of every tensor in the trunk's parameters, shape ``(L,)``. Adam gives each entry about the same step, so a
+            tensor's noise counts as many times as it has entries.
+        exchange: Averages readings over processes.
+        device: Where the work is done.
+    """
+
+    def __init__(
+        self, controller: Controller, alignment: Alignment, weights: Tensor, exchange: Exchange, device: torch.device
+    ) -> None:
+        self.controller, self.alignment, self.weights, self.exchange = controller, alignment, weights, exchange
+        self.device = device
+        self.stopwatch = Stopwatch(device)
+        self._label: tuple[Plan, int] | None = None
+        self._staged: tuple[list[tuple[Plan, int]], Tensor, Any] | None = None
+
+    def begin(self, ready: bool, examples: int, size: int) -> None:
+        """Begin a micro-batch of ``examples`` examples and ``size`` units of work, with a review if one is due."""
+        if not self.controller.automatic:
+            return
+        if self.controller.review_due(ready):
+            self._review()
+        plan = self.controller.label(ready, examples)
+        self._label = None if plan is None else (plan, size)
+        self.stopwatch.start()
+
+    def end(self) -> None:
+        """End the micro-batch."""
+        if self._label is not None:
+            self.stopwatch.stop(self._label, self._label[1])
+
+    def _review(self) -> None:
+        taken = self.stopwatch.collect()
+        seconds = torch.tensor([s for _, s in taken], dtype=torch.float64, device=self.device)
+        explained = [share.to(seconds.dtype) @ self.weights.to(seconds.dtype) for share in self._explained()]
+        values = torch.cat([torch.stack(explained), seconds])
+        self.exchange.average([values])
+        staged: Any = ([label for label, _ in taken], values.to("cpu", non_blocking=True), None)
+        if self.device.type == "cuda":
+            # Read at the next review, when it has long arrived, rather than waited for now.
+            event = torch.cuda.Event()
+            event.record()
+            staged, self._staged = self._staged, (*staged[:2], event)
+        if staged is None:
+            return
+        labels, values, event = staged
+        if event is not None:
+            event.synchronize()
+        path, both, *means = values.tolist()
+        readings = [(plan, size, mean) for (plan, size), mean in zip(labels, means, strict=True)]
+        self.controller.review(readings, (path, both))
+
+    def _explained(self) -> tuple[Tensor, Tensor]:
+        return self.alignment.path_rho2, self.alignment.rho2
+
+    def metrics(self, ready: bool) -> dict[str, float]:
+        """The present plan, its cost and price, and the time saved so far, as of the last review."""
+        controller = self.controller
+        plan = controller.plan if ready else EXACT
+        figures = {"fraction": plan.fraction, "ridge": float(plan.ridge and not plan.exact)}
+        if not controller.automatic:
+            return figures
+        cost, rest = controller.costs.relative(plan), 1.0 - plan.fraction
+        return {
+            **figures,
+            "rho2_weighted": controller.rho2[plan.ridge],
+            "cost": cost,
+            "kappa": (cost - plan.fraction) / rest if rest > 0.0 else 0.0,
+            "overhead": cost - plan.fraction - rest * _IDEAL_PREDICTION,
+            "price": controller.price,
+            "time_saved": controller.saved,
+        }

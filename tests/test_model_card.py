@@ -1,0 +1,186 @@
+"""The model card's section and metadata, on cards as Trainer writes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, metadata_eval_result
+from huggingface_hub.repocard import metadata_load
+from test_figure import HISTORY
+from tiny import tiny_vit
+from transformers import Trainer, TrainingArguments
+
+from hf_lgp.card_section import MOST_PHASES, duration, phases, section
+from hf_lgp.model_card import extend_card
+from hf_lgp.settings import LGPSettings
+
+LAST = {
+    "lgp_exact_share": 0.125,
+    "lgp_time_saved": 100.0,
+    "lgp_coverage": 0.987,
+    "lgp_nonfinite": 2.0,
+}
+RUN: list[dict[str, Any]] = [
+    *HISTORY[:4],
+    {**HISTORY[4], **LAST},
+    {"step": 40, "eval_loss": 1.1, "eval_accuracy": 0.75, "eval_runtime": 0.1, "eval_samples_per_second": 9.0},
+]
+SETTINGS = LGPSettings(control_fraction=0.25, window=600, kernel="linear")
+
+
+def _trainer(folder: Path) -> Trainer:
+    trainer = Trainer(tiny_vit(), TrainingArguments(str(folder), use_cpu=True, report_to="none"))
+    trainer.state.log_history = [*RUN[:-1], {"step": 40, "train_runtime": 1.0}, RUN[-1]]
+    return trainer
+
+
+def _extended(folder: Path, dataset: Any = None, **given: Any) -> ModelCard:
+    trainer = _trainer(folder)
+    trainer.create_model_card(dataset=dataset, **given)
+    kind = type(trainer.model).__name__
+    assert extend_card(folder, trainer.state.log_history, SETTINGS, model_class=kind, dataset=dataset)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_section_says_what_happened_in_the_run() -> None:
+    text = section(RUN, SETTINGS, "AutoModelForImageClassification", "me/mine", "lgp.png")
+    assert "| 1-20 | 1 | 0.8 | 1.75 |" in text, (
+        "0 stands for no comparison yet; what is logged at step 20 holds from then on"
+    )
+    assert "| 21-40 | 0.25 | 0.9 | 1 |" in text
+    assert "0.9 at the end, 0.85 on average" in text
+    assert "throughout: 12.5%" in text and "1 min 40 s" in text and "98.7%" in text and "not finite: 2" in text
+    assert (
+        "- `lgp_control_fraction`: 0.25" in text and "- `lgp_window`: 600" in text and "- `lgp_kernel`: linear" in text
+    )
+    assert "`lgp_rank`" not in text, "only what differs from the defaults"
+    assert 'AutoModelForImageClassification.from_pretrained("me/mine")' in text
+    assert "2511.05187" in text and "@software{hf_lgp" in text and "](lgp.png)" in text
+
+
+def test_a_run_without_readings_says_so() -> None:
+    exact = section([], LGPSettings(control_fraction=1.0), "AutoModel", "me/mine", None)
+    assert "every gradient was exact" in exact and "![" not in exact and "| steps" not in exact
+    assert "no readings" in section([{"loss": 1.0, "step": 1}], SETTINGS, "AutoModel", "me/mine", None)
+
+
+def test_readings_may_be_missing_or_not_finite() -> None:
+    text = section([{"lgp_fraction": 0.5, "lgp_rho2": float("nan"), "step": 3}], SETTINGS, "AutoModel", "me/mine", None)
+    assert "| 1-3 | 0.5 | n/a | n/a |" in text
+
+
+def test_many_phases_are_merged_into_a_few() -> None:
+    readings = [{"step": 10 * i + 10, "lgp_fraction": (0.25, 0.5)[i % 2]} for i in range(40)]
+    merged = phases(readings)
+    assert len(merged) == MOST_PHASES and sum(len(phase.entries) for phase in merged) == 40
+    assert [entry for phase in merged for entry in phase.entries] == readings
+    assert all(phase.span("lgp_fraction") == "0.25-0.5" for phase in merged)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.04, "0.0 s"), (9.26, "9.3 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7290, "2 h 1 min")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_results_that_trainer_found_stay(tmp_path: Path) -> None:
+    card = _extended(tmp_path, dataset="Tiny Images", dataset_tags="me/tiny", dataset_args="plain")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_args) == ("accuracy", 0.75, "plain")
+    assert (result.dataset_name, result.dataset_type, result.task_type) == (
+        "Tiny Images",
+        "me/tiny",
+        "image-classification",
+    )
+    assert {"lgp", "hf_lgp", "generated_from_trainer"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers" and card.data.datasets == ["me/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind", "name"),
+    [
+        ("uoft-cs/cifar10", "uoft-cs/cifar10", "uoft-cs/cifar10"),
+        (["mnist", "other"], "mnist", "mnist"),
+        ("My photographs", "unknown", "My photographs"),
+        (None, "unknown", "unknown"),
+    ],
+)
+def test_results_of_the_last_evaluation_fill_an_empty_model_index(
+    dataset: Any, kind: str, name: str, tmp_path: Path
+) -> None:
+    metadata = _extended(tmp_path, dataset=dataset).data.to_dict()
+    wanted = metadata_eval_result(
+        model_pretty_name=tmp_path.name,
+        task_pretty_name="Image Classification",
+        task_id="image-classification",
+        metrics_pretty_name="Accuracy",
+        metrics_id="accuracy",
+        metrics_value=0.75,
+        dataset_pretty_name=name,
+        dataset_id=kind,
+    )["model-index"][0]
+    (index,) = metadata["model-index"]
+    (result,) = index["results"]
+    del wanted["results"][0]["metrics"][0]["verified"]
+    assert index["name"] == wanted["name"]
+    assert (result["task"], result["dataset"]) == (wanted["results"][0]["task"], wanted["results"][0]["dataset"])
+    assert result["metrics"][1:] == wanted["results"][0]["metrics"]
+    assert result["metrics"][0] == {"type": "loss", "value": 1.1, "name": "Loss"}
+
+
+def test_extending_twice_leaves_one_section_and_what_stands_around_it(tmp_path: Path) -> None:
+    _extended(tmp_path)
+    path = tmp_path / "README.md"
+    once = path.read_text(encoding="utf-8")
+    extend_card(tmp_path, RUN, SETTINGS, model_class="ViTForImageClassification")
+    assert path.read_text(encoding="utf-8") == once
+    path.write_text(once + "\nMy own words.\n", encoding="utf-8")
+    (tmp_path / "lgp.png").touch()
+    extend_card(tmp_path, RUN[:2], LGPSettings(rank=3), model_class="ViTForImageClassification")
+    twice = path.read_text(encoding="utf-8")
+    assert twice.count("## Linear gradient prediction") == 1 and twice.endswith("\n\nMy own words.\n")
+    assert "`lgp_rank`: 3" in twice and "`lgp_window`" not in twice and "](lgp.png)" in twice
+
+
+def test_a_model_from_scratch_is_not_called_fine_tuned(tmp_path: Path) -> None:
+    _trainer(tmp_path).create_model_card()
+    assert "fine-tuned version of []" in (tmp_path / "README.md").read_text("utf-8"), "no longer needed: remove it"
+    assert "was trained from scratch on an unknown dataset" in _extended(tmp_path).text
+    assert "is a fine-tuned version of [me/base]" in _extended(tmp_path, finetuned_from="me/base").text
+
+
+def test_without_a_card_nothing_happens(tmp_path: Path) -> None:
+    assert not extend_card(tmp_path, RUN, SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_with_broken_metadata_is_left_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("---\ntags: [\n---\n# Mine\n")
+    logging.getLogger("hf_lgp").propagate = True
+    with caplog.at_level("WARNING"):
+        assert not extend_card(tmp_path, RUN, SETTINGS)
+    assert path.read_text() == "---\ntags: [\n---\n# Mine\n" and "left as it is" in caplog.text
+
+
+def test_a_card_of_plain_text_gets_metadata_and_the_class_in_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("# Mine\n")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
+    assert extend_card(tmp_path, RUN, SETTINGS)
+    metadata = metadata_load(path)
+    assert metadata is not None and metadata["tags"] == ["lgp", "hf_lgp"]
+    assert metadata["model-index"][0]["results"][0]["task"]["type"] == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained" in path.read_text(encoding="utf-8")
+
+
+def test_a_model_of_another_kind_gets_a_section_without_results(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("# Mine\n")
+    assert extend_card(tmp_path, RUN, SETTINGS, model_class="Mine")
+    assert "model-index" not in (metadata_load(path) or {}) and "Mine.from_pretrained" in path.read_text("utf-8")
