@@ -36,7 +36,7 @@ class LGPSettings:
     """
 
     control_fraction: float = 0.0
-    variance_budget: float = 1.5
+    variance_budget: float = 1.3
     window: int = 2048
     rank: int = 16
     kernel: Kernel = "rbf"

@@ -27,7 +27,7 @@ class LGPTrainingArguments(TrainingArguments):
         },
     )
     lgp_variance_budget: float = field(
-        default=1.5,
+        default=1.3,
         metadata={
             "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause. 0: no limit."
         },
