@@ -9,10 +9,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_lgp import LGPTrainer
+from hf_lgp.plans import Plan
 from hf_lgp.regression import KernelRidge
-
-PATH_ALONE: dict[str, Any] = {}
-"""FILL IN: the settings of the arm ``path-alone``, once there is one that switches the regression off. Refused while empty."""
 
 
 class MeanOfWindow(KernelRidge):
@@ -73,13 +71,22 @@ class LabelOnly(Ablated):
     regression = LabelOnlyRidge
 
 
+class PathAlone(LGPTrainer):
+    """The class path without the regression, at a fixed control fraction."""
+
+    def _lgp_build(self, inputs: dict[str, Any]) -> Any:
+        engine = super()._lgp_build(inputs)
+        engine.controller.plan = Plan(self._lgp_settings.control_fraction, ridge=False)
+        return engine
+
+
 ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "trainer": (Trainer, {}),
     "lgp": (LGPTrainer, {}),
     "f=0.5": (LGPTrainer, {"lgp_control_fraction": 0.5}),
     "f=0.25": (LGPTrainer, {"lgp_control_fraction": 0.25}),
     "f=0.125": (LGPTrainer, {"lgp_control_fraction": 0.125}),
-    "path-alone": (LGPTrainer, PATH_ALONE),
+    "path-alone": (PathAlone, {"lgp_control_fraction": 0.25}),
     "ridge-alone": (LGPTrainer, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),
     "constant": (Constant, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),
     "label-only": (LabelOnly, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),

@@ -74,6 +74,7 @@ def soak(steps: int) -> dict[str, Any]:
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            lgp_control_fraction=0.25,
             lgp_warmup_examples=64,
             lgp_window=256,
             lgp_rank=4,

@@ -186,8 +186,118 @@ def robustness() -> str | None:
     return table(["", "figure"], rows)
 
 
+def _ratio(figures: dict[str, Any]) -> str:
+    """A median ratio with the single ones' range."""
+    single = [value for value in figures["ratios"].values() if value is not None]
+    if figures["median_ratio"] is None:
+        return "not reached"
+    return f"{figures['median_ratio']:.2f} ({min(single):.2f} to {max(single):.2f})"
+
+
+def time_to_accuracy() -> str | None:
+    """Time to accuracy of LGPTrainer against Trainer, by task."""
+    rows = []
+    for name, task in TASKS.items():
+        result = read(name)
+        lgp = (result or {}).get("summary", {}).get("arms", {}).get("lgp")
+        if lgp is None:
+            continue
+        wanted = [key for key in lgp["to_target"] if not key.startswith("mean")]
+        target, final = lgp["to_target"][wanted[0]], lgp["final_accuracy"]
+        plain = result["summary"]["arms"]["trainer"]["final_accuracy"]
+        rows.append(
+            [
+                f"{task}, {len(lgp['seeds'])} seeds",
+                f"{wanted[0].removeprefix('accuracy of Trainer ')}: {_ratio(target)}",
+                _ratio(lgp["total_seconds"]),
+                f"{plain['mean']:.1%} ± {plain['standard_deviation']:.1%}",
+                f"{final['difference']:+.1%} ± {final['standard_error']:.1%}",
+            ]
+        )
+    header = [
+        "task",
+        "time to the accuracy that Trainer has",
+        "time of equally many epochs",
+        "Trainer's final accuracy",
+        "LGPTrainer's, against it",
+    ]
+    return table(header, rows) if rows else None
+
+
+def arms() -> str | None:
+    """All arms of the task from scratch."""
+    result = read("time_to_accuracy_scratch")
+    if result is None:
+        return None
+    rows = []
+    for arm, figures in result["summary"]["arms"].items():
+        target = figures["to_target"][result["summary"]["primary_target"]]
+        rows.append(
+            [
+                ARMS.get(arm, arm),
+                str(len(figures["seeds"])),
+                _ratio(target),
+                f"{figures['total_seconds']['median_ratio']:.2f}",
+                f"{figures['final_accuracy']['mean']:.1%}",
+                f"{figures['at_equal_time'][HALF_TIME]['difference']:+.1%}",
+                f"{figures['peak_memory_mib']:,.0f}",
+            ]
+        )
+    header = ["arm", "seeds", f"time to {result['summary']['primary_target']}", "time of equally many epochs"]
+    return table([*header, "final accuracy", "at half of Trainer's time, against it", "peak memory, MiB"], rows)
+
+
+def no_gain() -> str | None:
+    """What LGPTrainer costs where it cannot win."""
+    rows = []
+    for name, task in NO_GAIN.items():
+        result = read(name)
+        if result is None:
+            continue
+        figures, plain = (result["summary"]["arms"][arm] for arm in ("lgp", "trainer"))
+        final = figures["final_accuracy"]
+        rows.append(
+            [
+                f"{task}, {len(figures['seeds'])} seeds",
+                _ratio(figures["total_seconds"]),
+                f"{plain['final_accuracy']['mean']:.1%}",
+                f"{final['difference']:+.1%} ± {final['standard_error']:.1%}",
+            ]
+        )
+    header = [
+        "where nothing can be gained",
+        "whole run against Trainer",
+        "Trainer's accuracy",
+        "LGPTrainer's, against it",
+    ]
+    return table(header, rows) if rows else None
+
+
+TASKS = {
+    "time_to_accuracy_scratch": "CIFAR-10 from scratch",
+    "time_to_accuracy_finetune": "fine-tuning on five new classes",
+}
+
+ARMS = {
+    "trainer": "`Trainer`",
+    "lgp": "`LGPTrainer`, automatic",
+    "f=0.5": "half exact",
+    "f=0.25": "a quarter exact",
+    "f=0.125": "an eighth exact",
+    "path-alone": "a quarter exact, path alone",
+    "ridge-alone": "a quarter exact, regression alone",
+    "label-only": "a quarter exact, regression on residuals alone",
+    "constant": "a quarter exact, constant predictor",
+}
+
+NO_GAIN = {"no_gain_random_labels": "random labels", "no_gain_tiny": "a ViT of two blocks of width 32 on digits"}
+
+HALF_TIME = "50% of Trainer's time"
+
+
 TABLES: dict[str, list[Callable[[], str | None]]] = {
-    "README.md": [predictability, wider, extra_variance, step_cost, price, worth],
+    "README.md": [time_to_accuracy, no_gain],
+    "docs/measurements.md": [arms, predictability, wider, extra_variance, step_cost, price, worth],
     "docs/robustness.md": [robustness],
 }
 

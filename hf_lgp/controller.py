@@ -174,14 +174,17 @@ class Controller:
         if exact is not None:
             self.saved += sum(size * (exact - seconds) for plan, size, seconds in readings if plan != EXACT)
         self.rho2 = {False: rho2[0], True: max(rho2)}
-        candidates = [Plan(f, ridge) for f in self.fractions for ridge in ((False, True) if self.on_path else (True,))]
-        costs = {plan: self.costs.relative(plan) for plan in candidates}
-        budget = self.settings.variance_budget or math.inf
-        chosen = choose(self.plan, candidates, costs, self.rho2, budget)
+        chosen = self.best()
         changed = chosen != self.plan
         if changed:
             self.plan, self._settling = chosen, _SETTLING_STEPS
         return changed
+
+    def best(self) -> Plan:
+        """The plan to follow by the figures of the last review: the present one unless another is clearly better."""
+        candidates = [Plan(f, ridge) for f in self.fractions for ridge in ((False, True) if self.on_path else (True,))]
+        costs = {plan: self.costs.relative(plan) for plan in candidates}
+        return choose(self.plan, candidates, costs, self.rho2, self.settings.variance_budget or math.inf)
 
     @property
     def price(self) -> float:
@@ -199,6 +202,8 @@ class Controller:
             "plan": [self.plan.fraction, self.plan.ridge],
             "rho2": [self.rho2[False], self.rho2[True]],
             "saved": self.saved,
+            "settling": self._settling,
+            "usual": self._usual,
             "costs": self.costs.state_dict(),
         }
 
@@ -208,5 +213,5 @@ class Controller:
         if self.automatic:
             self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]))
         self.rho2 = dict(zip((False, True), state["rho2"], strict=True))
-        self.saved = state["saved"]
+        self.saved, self._settling, self._usual = state["saved"], state["settling"], state["usual"]
         self.costs.load_state_dict(state["costs"])

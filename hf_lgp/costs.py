@@ -14,6 +14,9 @@ OBSERVED = Plan(1.0, ridge=True)
 _KEPT = 48
 """Readings kept of each plan: some cycles of refits and basis moves, which are dear and rare."""
 
+_KEPT_EXACT = 16
+"""The same of exact steps, which are all alike: few, so that they tell of the machine as it is now."""
+
 _ENOUGH = 12
 """Readings that make a plan known."""
 
@@ -38,7 +41,7 @@ class Costs:
 
     def record(self, plan: Plan, seconds: float) -> None:
         """Note the time of one micro-batch, per unit."""
-        self._readings.setdefault(plan, deque(maxlen=_KEPT)).append(seconds)
+        self._readings.setdefault(plan, _empty(plan)).append(seconds)
 
     def seconds(self, plan: Plan) -> float | None:
         """Mean time of a micro-batch per unit, rare dear parts included; None if too few were timed.
@@ -53,12 +56,17 @@ class Costs:
             return median
         return statistics.fmean(min(reading, _OUTLIER * median) for reading in readings)
 
+    @property
+    def timed(self) -> list[Plan]:
+        """Plans with predictions that are known from measured times."""
+        return [plan for plan in self._readings if not plan.exact and self.seconds(plan) is not None]
+
     def relative(self, plan: Plan) -> float:
         """Cost of a plan in exact steps, measured if it was timed, else from a timed plan nearby, else from operation counts."""
         if plan.exact:
             return 1.0
         exact = self.seconds(EXACT)
-        known = {other: s for other in self._readings if not other.exact and (s := self.seconds(other)) is not None}
+        known = {other: self.seconds(other) or 0.0 for other in self.timed}
         if exact is None or not known:
             return plan.fraction + (1.0 - plan.fraction) * _PREDICTION + _RIDGE * plan.ridge
         if plan in known:
@@ -78,6 +86,11 @@ class Costs:
 
     def load_state_dict(self, rows: Iterable[list[float]]) -> None:
         """Restore :meth:`state_dict`."""
-        self._readings = {
-            Plan(fraction, bool(ridge)): deque(readings, maxlen=_KEPT) for fraction, ridge, *readings in rows
-        }
+        self._readings = {}
+        for fraction, ridge, *readings in rows:
+            for seconds in readings:
+                self.record(Plan(fraction, bool(ridge)), seconds)
+
+
+def _empty(plan: Plan) -> deque[float]:
+    return deque(maxlen=_KEPT_EXACT if plan.exact else _KEPT)

@@ -137,13 +137,13 @@ class LGPEngine:
 
     @contextmanager
     def exact(self, examples: int, seed: int) -> Iterator[None]:
-        """Observe a plain forward and backward of ``examples`` examples without changing its result."""
+        """Observe a plain forward and backward of ``examples`` examples, if it is to be observed, without changing its result."""
         chosen: Tensor | slice = slice(None)
         if examples > self.observer.examples:
             order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
             chosen = order[: self.observer.examples].to(self.device, non_blocking=True)
         self.observer.current = Observation(examples, chosen, 1.0, examples)
-        if self.path is not None:
+        if self.path is not None and self.observer.watching:
             count = min(examples, self.observer.examples)
             self.path.start(count)
             self.path.arm(slice(0, count), chosen)
@@ -342,7 +342,8 @@ class LGPEngine:
         reached = torch.zeros(len(self.rules), dtype=torch.bool)
         reached[sorted(self.observer.capture.reached)] = True
         own = {"reached": reached, "nonfinite": self._nonfinite}
-        return {**self.predictor.state_dict(), **own}, self.controller.state_dict()
+        counters = {**self.controller.state_dict(), "timed": self.review.state_dict()}
+        return {**self.predictor.state_dict(), **own}, counters
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
@@ -356,6 +357,7 @@ class LGPEngine:
         self._nonfinite.copy_(tensors["nonfinite"])
         self.observer.capture.reached = set(tensors["reached"].nonzero().flatten().tolist())
         self.controller.load_state_dict(counters)
+        self.review.load_state_dict(counters["timed"])
 
     # -- what happens inside a step --------------------------------------------------------------------------------------
 
@@ -389,7 +391,7 @@ class LGPEngine:
             splice = Splice(*self._collected, order, weight, self._spared_correction)
             parameters = [parameter for _, rule in self.predicted_rules for parameter in rule.parameters]
             return splice_head(self.head, features, output, splice, parameters)
-        elif self.observer.current is not None and output.requires_grad:
+        elif self.observer.current is not None and self.observer.watching and output.requires_grad:
             detached = features.detach()
             output.register_hook(lambda residuals: self._residuals_arrived(detached, residuals))
         return None

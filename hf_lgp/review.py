@@ -27,6 +27,9 @@ class Review:
             tensor's noise counts as many times as it has entries.
         exchange: Averages readings over processes.
         device: Where the work is done.
+
+    Attributes:
+        reviews: Number of reviews so far.
     """
 
     def __init__(
@@ -35,8 +38,16 @@ class Review:
         self.controller, self.alignment, self.weights, self.exchange = controller, alignment, weights, exchange
         self.device = device
         self.stopwatch = Stopwatch(device)
+        self.reviews = 0
         self._label: tuple[Plan, int] | None = None
         self._staged: tuple[list[tuple[Plan, int]], Tensor, Any] | None = None
+
+    def now(self) -> None:
+        """Review with all that was measured, out of turn; on a GPU this waits for it. Nothing to do at a fixed fraction."""
+        if not self.controller.automatic:
+            return
+        for _ in range(2 if self.device.type == "cuda" else 1):  # what is staged is read by the next review
+            self._review()
 
     def begin(self, ready: bool, examples: int, size: int) -> None:
         """Begin a micro-batch of ``examples`` examples and ``size`` units of work, with a review if one is due."""
@@ -55,7 +66,7 @@ class Review:
 
     def _review(self) -> None:
         taken = self.stopwatch.collect()
-        seconds = torch.tensor([s for _, s in taken], dtype=torch.float64, device=self.device)
+        seconds = torch.tensor([s for _, s in taken], dtype=torch.float64).to(self.device, non_blocking=True)
         explained = [share.to(seconds.dtype) @ self.weights.to(seconds.dtype) for share in self._explained()]
         values = torch.cat([torch.stack(explained), seconds])
         self.exchange.average([values])
@@ -73,9 +84,21 @@ class Review:
         path, both, *means = values.tolist()
         readings = [(plan, size, mean) for (plan, size), mean in zip(labels, means, strict=True)]
         self.controller.review(readings, (path, both))
+        self.reviews += 1
 
     def _explained(self) -> tuple[Tensor, Tensor]:
         return self.alignment.path_rho2, self.alignment.rho2
+
+    def state_dict(self) -> list[list[float]]:
+        """What was timed since the last review, one row per micro-batch: fraction, ridge, size, seconds."""
+        taken: list[Any] = self.stopwatch.state_dict()
+        return [[plan.fraction, float(plan.ridge), size, seconds] for (plan, size), _, seconds in taken]
+
+    def load_state_dict(self, rows: list[list[float]]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.stopwatch.load_state_dict(
+            [((Plan(fraction, bool(ridge)), int(size)), size, seconds) for fraction, ridge, size, seconds in rows]
+        )
 
     def metrics(self, ready: bool) -> dict[str, float]:
         """The present plan, its cost and price, and the time saved so far, as of the last review."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+_IN_FLIGHT = 4
+"""Pieces of work that a GPU may still be busy with; a fixed number, so that all processes collect the same."""
+
 
 class Stopwatch:
     """Durations of labelled pieces of work, to be collected later.
@@ -40,13 +43,27 @@ class Stopwatch:
         self._began = None
 
     def collect(self) -> list[tuple[Hashable, float]]:
-        """Labels and seconds per unit of all work that has ended by now, in order; each is given once."""
-        done = []
-        while self._taken and (not self._events or self._taken[0][3].query()):
-            label, size, began, ended = self._taken.pop(0)
-            seconds = began.elapsed_time(ended) / 1e3 if self._events else ended - began
-            done.append((label, seconds / size))
-        return done
+        """Labels and seconds per unit of the work done so far, in order; each is given once.
+
+        On a GPU the newest pieces, which may still be in its queue, wait for the next time.
+        """
+        count = max(0, len(self._taken) - (_IN_FLIGHT if self._events else 0))
+        taken, self._taken = self._taken[:count], self._taken[count:]
+        return [(label, self._seconds(began, ended) / size) for label, size, began, ended in taken]
+
+    def state_dict(self) -> list[tuple[Hashable, float, float]]:
+        """Labels, sizes and seconds of what was not collected yet; on a GPU this waits for it."""
+        return [(label, size, self._seconds(began, ended)) for label, size, began, ended in self._taken]
+
+    def load_state_dict(self, taken: list[tuple[Hashable, float, float]]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._taken = [(label, size, 0.0, seconds) for label, size, seconds in taken]
+
+    def _seconds(self, began: Any, ended: Any) -> float:
+        if isinstance(ended, float):
+            return float(ended - began)
+        ended.synchronize()  # has long passed
+        return float(began.elapsed_time(ended)) / 1e3
 
     def _now(self) -> Any:
         if not self._events:

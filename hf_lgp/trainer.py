@@ -20,6 +20,7 @@ from .estimator import relative_cost
 from .exhaustion import is_exhaustion
 from .figure_callback import FigureCallback
 from .head import find_head, named_head
+from .ledger import readings, summary
 from .model_card import extend_card
 from .renamed_weights import restore_renamed_weights
 from .settings import LGPSettings
@@ -277,26 +278,26 @@ class LGPTrainer(Trainer):
     # -- logs and checkpoints --------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as ``Trainer`` does, with ``lgp_*`` readings beside every training loss."""
-        if "loss" in logs and self._lgp_engine is not None:
-            taken = sum(self._lgp_steps.values())
-            readings = {
-                "exact_share": self._lgp_steps["exact"] / max(1, taken),
-                **self._lgp_engine.metrics(),
-            }
-            logs.update({f"lgp_{name}": round(value, 6) for name, value in readings.items()})
-            if readings["nonfinite"] > self._lgp_nonfinite_seen:
+        """Log as ``Trainer`` does, with ``lgp_*`` readings beside every training loss and at the end, where a line sums them up."""
+        ended = "train_runtime" in logs
+        if self._lgp_engine is not None and ("loss" in logs or ended):
+            if ended:
+                self._lgp_engine.review.now()
+            figures = readings(self._lgp_engine, self._lgp_steps)
+            logs.update({f"lgp_{name}": value for name, value in figures.items()})
+            if (fresh := figures["nonfinite"] - self._lgp_nonfinite_seen) > 0:
                 logger.warning(
-                    f"{int(readings['nonfinite'] - self._lgp_nonfinite_seen)} steps had non-finite predictions; they used "
-                    "exact gradients of their control examples alone."
+                    f"{int(fresh)} steps had non-finite predictions; they used exact gradients of their control examples alone."
                 )
-                self._lgp_nonfinite_seen = readings["nonfinite"]
+                self._lgp_nonfinite_seen = figures["nonfinite"]
+            if ended and self.is_world_process_zero():
+                print(summary(figures, self._lgp_steps, logs["train_runtime"]))
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card as ``Trainer`` does, with a section on what predicted gradients did in this run."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.args.output_dir is not None:
             extend_card(
                 self.args.output_dir,
                 self.state.log_history,

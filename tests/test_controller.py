@@ -1,76 +1,87 @@
-"""The controller decides from counts alone."""
+"""The controller: counts decide within a period, prices between two."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import pytest
 
 from hf_lgp.controller import Controller
+from hf_lgp.costs import OBSERVED
+from hf_lgp.plans import EXACT, Plan
 from hf_lgp.settings import LGPSettings
 
 
-def controller(**values: float) -> Controller:
-    return Controller(LGPSettings(**{"window": 64, "warmup_examples": 32, "refit_steps": 3, **values}))  # type: ignore[arg-type]
+def controller(on_path: bool = True, **values: Any) -> Controller:
+    settings = LGPSettings(**{"control_fraction": 0.5, "window": 64, "warmup_examples": 32, **values})
+    return Controller(settings.resolved(on_path), on_path)
 
 
-def test_fraction_is_exact_until_ready() -> None:
-    assert controller(control_fraction=0.5).fraction(ready=False) == 1.0
-    assert controller(control_fraction=0.5).fraction(ready=True) == 0.5
+def advance(decisions: Controller, steps: int, ready: bool = True) -> None:
+    for _ in range(steps):
+        decisions.advance(ready)
+
+
+def until_review(decisions: Controller) -> None:
+    decisions.advance(ready=True)
+    while not decisions.review_due(ready=True):
+        decisions.advance(ready=True)
+
+
+def readings(*times: tuple[Plan, float]) -> list[tuple[Plan, float, float]]:
+    """Enough readings of each plan, of micro-batches of ten units."""
+    return [(plan, 10.0, seconds) for plan, seconds in times for _ in range(16)]
+
+
+# -- a fixed fraction --------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_exact_until_ready() -> None:
+    assert controller().now(ready=False) == EXACT
+    assert controller().now(ready=True) == Plan(0.5, ridge=True)
 
 
 @pytest.mark.parametrize("basis_steps", [1, 5, 32])
-def test_bases_move_eagerly_and_then_at_intervals(basis_steps: int) -> None:
+@pytest.mark.parametrize("ready", [True, False])
+def test_bases_move_eagerly_and_then_at_intervals(basis_steps: int, ready: bool) -> None:
     decisions = controller(basis_steps=basis_steps)
     moved = []
     for step in range(100):
-        if decisions.moves_bases:
+        if decisions.moves_bases(ready):
             moved.append(step)
-        decisions.advance()
+        decisions.advance(ready)
     assert moved == sorted({*range(8), *range(0, 100, basis_steps)})
     assert decisions.seen == 100
 
 
 def test_the_first_fit_waits_for_the_warmup() -> None:
-    decisions = controller()
-    for _ in range(10):
-        decisions.advance()
+    decisions = controller(refit_steps=3)
+    advance(decisions, 10)
     assert not decisions.refit_due(remembered=31, fitted=False, queue_full=True)
     assert decisions.refit_due(remembered=32, fitted=False, queue_full=False)
 
 
 def test_refits_come_every_few_steps() -> None:
-    decisions = controller()
+    decisions = controller(refit_steps=3)
     due = []
     for step in range(1, 10):
-        decisions.advance()
+        decisions.advance(ready=True)
         if decisions.refit_due(remembered=64, fitted=True, queue_full=False):
             decisions.refitted()
             due.append(step)
     assert due == [3, 6, 9]
-    assert decisions.seen == 9
 
 
 def test_a_full_queue_brings_the_refit_forward() -> None:
-    decisions = controller()
+    decisions = controller(refit_steps=3)
     assert decisions.refit_due(remembered=64, fitted=True, queue_full=True)
     assert not decisions.refit_due(remembered=64, fitted=True, queue_full=False)
 
 
-def test_state_is_restored() -> None:
-    decisions, restored = controller(), controller()
-    for _ in range(11):
-        decisions.advance()
-    decisions.refitted()
-    decisions.advance()
-    restored.load_state_dict(decisions.state_dict())
-    assert restored.state_dict() == decisions.state_dict() == {"seen": 12, "since_fit": 1}
-    for _ in range(2):
-        assert not restored.refit_due(remembered=64, fitted=True, queue_full=False)
-        restored.advance()
-    assert restored.refit_due(remembered=64, fitted=True, queue_full=False)
-
-
-def test_examples_are_taken_at_some_micro_batches_once_predictions_are_made() -> None:
-    decisions = controller(observe_steps=3, basis_steps=20)
+@pytest.mark.parametrize("observe_steps", [3, 8])
+def test_examples_are_taken_at_some_micro_batches_once_predictions_are_made(observe_steps: int) -> None:
+    decisions = controller(observe_steps=observe_steps, basis_steps=20)
     taken, measured = [], []
     for step in range(60):
         assert decisions.observes(ready=False) and decisions.measures(ready=False)
@@ -78,7 +89,151 @@ def test_examples_are_taken_at_some_micro_batches_once_predictions_are_made() ->
             taken.append(step)
         if decisions.measures(ready=True):
             measured.append(step)
-        decisions.advance()
+        decisions.advance(ready=True)
     assert set(measured) <= set(taken), "what is measured has to be observed"
-    assert measured == sorted({*range(8), *range(0, 60, 4), *range(0, 60, 20)})
-    assert taken == sorted({*measured, *range(0, 60, 3)})
+    assert measured == sorted({*range(8), *range(0, 60, max(4, observe_steps)), *range(0, 60, 20)})
+    assert taken == sorted({*measured, *range(0, 60, observe_steps)})
+
+
+def test_a_fixed_fraction_is_neither_timed_nor_reviewed() -> None:
+    decisions = controller()
+    for _ in range(200):
+        assert decisions.label(True, 8) is None and not decisions.review_due(True)
+        assert decisions.now(True) == Plan(0.5, ridge=True)
+        decisions.advance(True)
+
+
+# -- the automatic choice ----------------------------------------------------------------------------------------------
+
+
+def automatic(on_path: bool = True, **values: Any) -> Controller:
+    return controller(on_path, **{"control_fraction": 0.0, **values})
+
+
+def test_the_first_review_comes_after_some_timed_exact_steps() -> None:
+    decisions, labels = automatic(), []
+    advance(decisions, 10, ready=False)
+    decisions.advance(ready=True)
+    while not decisions.review_due(ready=True):
+        labels.append(decisions.label(True, 8))
+        decisions.advance(ready=True)
+    assert labels == [EXACT] * 2
+    assert automatic().label(False, 8) == OBSERVED
+
+
+def test_good_predictions_are_used_and_their_price_follows_from_what_was_measured() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    assert decisions.review(readings((EXACT, 1.0)), (0.95, 0.96))
+    tried = decisions.plan
+    assert tried.fraction < 1.0 and decisions.now(ready=True) == tried
+    decisions.review(readings((tried, 0.6)), (0.95, 0.96))
+    assert decisions.costs.relative(tried) == pytest.approx(0.6)
+    assert decisions.saved == pytest.approx(16 * 10 * 0.4)
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_bad_predictions_are_not_used(on_path: bool) -> None:
+    decisions = automatic(on_path)
+    until_review(decisions)
+    assert not decisions.review(readings((EXACT, 1.0)), (0.2, 0.3))
+    assert decisions.plan == decisions.now(ready=True) == EXACT and decisions.price == 1.0
+
+
+def test_a_plan_that_turns_out_dear_is_left_and_not_tried_again_until_it_looks_cheaper() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    for _ in range(10):  # every plan costs more than an exact step
+        if decisions.plan.exact:
+            break
+        decisions.review(readings((EXACT, 1.0), (decisions.plan, 1.2)), (0.95, 0.95))
+    assert decisions.plan == EXACT and decisions.saved < 0
+    assert not decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    assert decisions.review(readings((EXACT, 2.5)), (0.95, 0.95)), "exact steps became dearer"
+
+
+def test_it_comes_back_when_predictions_become_good() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0)), (0.1, 0.1))
+    assert decisions.plan == EXACT
+    assert decisions.review([], (0.95, 0.95)) and not decisions.plan.exact
+
+
+def test_the_variance_budget_is_kept() -> None:
+    strict, free = automatic(variance_budget=1.05), automatic(variance_budget=0.0)
+    for decisions in (strict, free):
+        until_review(decisions)
+        decisions.review(readings((EXACT, 1.0)), (0.9, 0.9))
+    assert free.plan.fraction < strict.plan.fraction or strict.plan.exact
+
+
+def test_the_regression_is_used_where_it_explains_enough_more() -> None:
+    alike, apart = automatic(), automatic()
+    for decisions, both in ((alike, 0.901), (apart, 0.99)):
+        until_review(decisions)
+        decisions.review(readings((EXACT, 1.0)), (0.9, both))
+    assert not alike.plan.ridge and apart.plan.ridge
+    alone = automatic(on_path=False)
+    until_review(alone)
+    alone.review(readings((EXACT, 1.0)), (0.0, 0.9))
+    assert alone.plan.ridge and not alone.plan.exact
+
+
+def test_exact_steps_are_timed_now_and_then_while_a_plan_predicts() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    kinds = []
+    for _ in range(1010):
+        label = decisions.label(True, 8)
+        kinds.append(label)
+        assert label is None or label.exact == decisions.now(True).exact
+        if decisions.now(True).exact:
+            assert not decisions.observes(True)
+        decisions.advance(True)
+    assert kinds.count(EXACT) == 10 and kinds.count(None) == 2, "after a change some steps are not timed"
+
+
+@pytest.mark.parametrize(("observed", "most"), [(1.0, 33), (1.1, 40), (3.0, 4)])
+def test_while_exact_it_looks_as_rarely_as_looking_is_dear(observed: float, most: int) -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0), (OBSERVED, observed)), (0.0, 0.0))
+    looks = 0
+    for _ in range(1024):
+        looks += decisions.observes(True)
+        assert decisions.label(True, 8) in (EXACT, OBSERVED)
+        decisions.advance(True)
+    assert 0 < looks <= most
+    assert looks * (observed - 1.0) <= 0.005 * 1024 or looks == 1
+
+
+def test_smaller_micro_batches_than_usual_are_not_timed() -> None:
+    decisions = automatic()
+    assert decisions.label(False, 8) is not None
+    assert decisions.label(False, 5) is None
+    assert decisions.label(False, 8) is not None
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25])
+def test_state_is_restored_by_way_of_json(fraction: float) -> None:
+    decisions = controller(control_fraction=fraction)
+    until_review(decisions) if fraction == 0.0 else advance(decisions, 11)
+    if fraction == 0.0:
+        decisions.review(readings((EXACT, 1.0), (OBSERVED, 1.1)), (0.9, 0.95))
+    decisions.refitted()
+    decisions.advance(True)
+    restored = controller(control_fraction=fraction)
+    restored.load_state_dict(json.loads(json.dumps(decisions.state_dict())))
+    assert restored.state_dict() == decisions.state_dict()
+    assert restored.plan == decisions.plan and restored.price == decisions.price
+
+
+def test_a_fixed_fraction_wins_over_a_restored_plan() -> None:
+    decisions, fixed = automatic(), controller()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    fixed.load_state_dict(decisions.state_dict())
+    assert fixed.plan == Plan(0.5, ridge=True)

@@ -39,6 +39,8 @@ def trainer_for(folder: Path, **settings: Any) -> LGPTrainer:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        lgp_control_fraction=0.25,
+        lgp_observe_steps=2,
         lgp_warmup_examples=16,
         lgp_window=32,
         lgp_rank=3,

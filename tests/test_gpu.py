@@ -29,6 +29,8 @@ def gpu_trainer(folder: Path, steps: int = 30, count: int = 512, **settings: Any
         logging_steps=5,
         dataloader_pin_memory=True,
         **{
+            "lgp_control_fraction": 0.25,
+            "lgp_observe_steps": 2,
             "lgp_warmup_examples": 64,
             "lgp_window": 128,
             "lgp_rank": 4,
@@ -53,11 +55,12 @@ class NoSync(LGPTrainer):
 
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-def test_a_training_step_never_synchronises(kernel: str, tmp_path: Path) -> None:
-    trainer = gpu_trainer(tmp_path, lgp_kernel=kernel)
+@pytest.mark.parametrize("fraction", [0.25, 0.0])
+def test_a_training_step_never_synchronises(kernel: str, fraction: float, tmp_path: Path) -> None:
+    trainer = gpu_trainer(tmp_path, steps=120, lgp_kernel=kernel, lgp_control_fraction=fraction)
     trainer.__class__ = NoSync
     trainer.train()
-    assert trainer._lgp_steps["predicted"] > 10
+    assert trainer._lgp_steps["predicted"] > 10 or fraction == 0.0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -50,6 +50,7 @@ def trainer_for(folder: Path) -> Stepping:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        lgp_control_fraction=0.25,
         lgp_warmup_examples=16,
         lgp_window=32,
         lgp_rank=3,

@@ -15,9 +15,11 @@ from hf_lgp.settings import LGPSettings
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("control_fraction", 0.0, r"`lgp_control_fraction` must lie in \(0, 1\], got 0.0. Use 1 for plain"),
+        ("control_fraction", -0.1, r"`lgp_control_fraction` must lie in \(0, 1\], got -0.1. Use 1 for plain"),
         ("control_fraction", 1.5, r"`lgp_control_fraction` must lie in \(0, 1\], got 1.5"),
         ("control_fraction", math.nan, r"`lgp_control_fraction`"),
+        ("variance_budget", 1.0, "`lgp_variance_budget` must exceed 1, .* got 1.0. Use `lgp_control_fraction=1`"),
+        ("variance_budget", math.nan, "`lgp_variance_budget` must exceed 1"),
         ("window", 0, "`lgp_window` must be at least 1, got 0"),
         ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
         ("warmup_examples", 0, "`lgp_warmup_examples` must be at least 1"),
@@ -41,6 +43,7 @@ def test_values_out_of_range_are_refused(name: str, value: Any, message: str) ->
     [
         {},
         {"control_fraction": 1.0},
+        {"control_fraction": 0.0, "variance_budget": 0.0},
         {"control_fraction": 1e-3},
         {"window": 1, "warmup_examples": 1},
         {"window": 8, "warmup_examples": 8},
@@ -71,6 +74,7 @@ def test_from_arguments_validates() -> None:
 def test_every_setting_can_be_read_from_arguments() -> None:
     values = {
         "control_fraction": 0.5,
+        "variance_budget": 2.0,
         "window": 64,
         "rank": 3,
         "kernel": "linear",
@@ -95,7 +99,7 @@ def test_zero_leaves_the_choice_to_whether_there_is_a_path() -> None:
     def steps(settings: LGPSettings) -> tuple[int, int, int]:
         return settings.observe_steps, settings.refit_steps, settings.basis_steps
 
-    assert steps(LGPSettings().resolved(on_path=True)) == (2, 8, 16)
+    assert steps(LGPSettings().resolved(on_path=True)) == (8, 16, 16)
     assert steps(LGPSettings().resolved(on_path=False)) == (1, 4, 12)
     own = LGPSettings(observe_steps=3, refit_steps=5, basis_steps=7, rank=4)
     assert own.resolved(on_path=True) == own.resolved(on_path=False) == own

@@ -75,7 +75,7 @@ def test_from_the_command_line_to_a_pipeline(tmp_path: Path) -> None:
     file, output = made_file(tmp_path / "train.csv", count=400), tmp_path / "out"
     command = f"--train_file {file} --output_dir {output} {SIZES} --use_cpu --disable_tqdm true --num_train_epochs 4"
     training = "--learning_rate 1e-2 --per_device_train_batch_size 16 --logging_steps 10 --report_to none"
-    lgp = "--lgp_warmup_examples 64 --lgp_window 128 --lgp_rank 4"
+    lgp = "--lgp_control_fraction 0.25 --lgp_warmup_examples 64 --lgp_window 128 --lgp_rank 4"
     metrics = train_text.main(f"{command} {training} {lgp}".split())
     assert metrics["eval_accuracy"] > 0.9
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]

@@ -281,7 +281,7 @@ def test_from_the_command_line_to_a_pipeline(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "out"
     run = (
         f"--output_dir {out} {SIZES} --max_steps 6 --per_device_train_batch_size 16 --logging_steps 2 "
-        "--max_train_samples 64 --max_eval_samples 40 --lgp_warmup_examples 32 --lgp_window 64 --save_steps 3"
+        "--max_train_samples 64 --max_eval_samples 40 --lgp_control_fraction 0.25 --lgp_warmup_examples 32 --lgp_window 64 --save_steps 3"
     )
     metrics = train_vit.main(run.split())
     assert 0.0 <= metrics["eval_accuracy"] <= 1.0

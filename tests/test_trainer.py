@@ -19,6 +19,8 @@ from hf_lgp.engine import SpliceBypassedError
 from hf_lgp.head import HeadNotFoundError
 
 QUICK: dict[str, Any] = {
+    "lgp_control_fraction": 0.25,
+    "lgp_observe_steps": 2,
     "lgp_warmup_examples": 16,
     "lgp_window": 32,
     "lgp_rank": 3,
@@ -50,7 +52,9 @@ def trainer_for(folder: Path, kind: type[LGPTrainer] = LGPTrainer, data: Any = N
     return kind(tiny_vit(torch.float32), arguments(folder, **settings), train_dataset=data)
 
 
-def test_predictions_are_used_logged_and_every_hook_is_gone_afterwards(tmp_path: Path) -> None:
+def test_predictions_are_used_logged_and_every_hook_is_gone_afterwards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = trainer_for(tmp_path)
     before = hooks_of(trainer.model)
     trainer.train()
@@ -60,8 +64,11 @@ def test_predictions_are_used_logged_and_every_hook_is_gone_afterwards(tmp_path:
     assert logs[-1]["lgp_exact_share"] == pytest.approx(trainer._lgp_steps["exact"] / 16)
     assert logs[-1]["lgp_coverage"] == 1.0 and logs[-1]["lgp_window"] == 32
     assert 0 < logs[-1]["lgp_rho2"] <= 1 and 0 < logs[-1]["lgp_alpha"] <= 2
-    evaluation = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
-    assert not any(key.startswith("lgp_") for entry in evaluation for key in entry)
+    end = trainer.state.log_history[-1]
+    assert end["lgp_exact_share"] == logs[-1]["lgp_exact_share"] and "train_runtime" in end
+    line = capsys.readouterr().out
+    assert f"LGP: {trainer._lgp_steps['predicted']} of 16 micro-batches with predicted gradients" in line
+    assert not any(key.startswith("lgp_") for key in trainer.evaluate(TinyImages(8, dtype=torch.float32)))
 
 
 def test_the_class_path_is_followed_unless_it_is_switched_off(tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_the_class_path_is_followed_unless_it_is_switched_off(tmp_path: Path) ->
         trainer.train()
         engine = trainer._lgp_engine
         assert engine is not None and (engine.path is not None) == on_path
-        assert engine.settings.observe_steps == engine.controller.settings.observe_steps == (2 if on_path else 1)
+        assert engine.settings.observe_steps == engine.controller.settings.observe_steps == (8 if on_path else 1)
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert (logs[-1]["lgp_alpha_path"] > 0) == on_path
         found[on_path] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -321,7 +328,8 @@ def test_no_unique_head_is_an_error_unless_one_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lgp_control_fraction": 0.0}, "lgp_control_fraction"),
+        ({"lgp_control_fraction": -0.1}, "lgp_control_fraction"),
+        ({"lgp_variance_budget": 0.9}, "lgp_variance_budget"),
         ({"lgp_control_fraction": 1.5}, "lgp_control_fraction"),
         ({"lgp_window": 0}, "lgp_window"),
         ({"lgp_rank": -1}, "lgp_rank"),

@@ -17,8 +17,13 @@ from hf_lgp.draws import draw_control, private_seed
 
 @pytest.mark.parametrize(
     ("kind", "launcher"),
-    [("plain", TORCHRUN), ("unused parameters looked for", ACCELERATE), ("compiled", TORCHRUN)],
-    ids=["torchrun", "accelerate, unused parameters looked for", "torchrun, compiled"],
+    [
+        ("plain", TORCHRUN),
+        ("automatic", TORCHRUN),
+        ("unused parameters looked for", ACCELERATE),
+        ("compiled", TORCHRUN),
+    ],
+    ids=["torchrun", "torchrun, automatic fraction", "accelerate, unused parameters looked for", "torchrun, compiled"],
 )
 def test_ranks_stay_equal_with_predictions_and_accumulation(kind: str, launcher: list[str], tmp_path: Path) -> None:
     output = on_two_processes("two_processes.py", str(tmp_path), kind, launcher=launcher)

@@ -39,27 +39,6 @@ def trainer_for(folder: Path, stop: bool = False, **settings: Any) -> Any:
     from transformers import TrainerCallback
 
     from hf_lgp import LGPTrainer, LGPTrainingArguments
-    from hf_lgp.figure_callback import FigureCallback
-    from hf_lgp.model_card import extend_card
-
-    class CardTrainer(LGPTrainer):
-        """``LGPTrainer`` with the override that belongs into it; plain ``LGPTrainer`` once it is there."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.add_callback(FigureCallback)
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            super().create_model_card(*args, **kwargs)
-            if self.is_world_process_zero():
-                extend_card(
-                    self.args.output_dir,
-                    self.state.log_history,
-                    self._lgp_settings,
-                    model_class=type(self._lgp_model).__name__,
-                    source=self.hub_model_id,
-                    dataset=kwargs.get("dataset"),
-                )
 
     class Pace(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,7 +67,7 @@ def trainer_for(folder: Path, stop: bool = False, **settings: Any) -> Any:
             **settings,
         },
     )
-    trainer = CardTrainer(
+    trainer = LGPTrainer(
         tiny_vit(torch.float32),
         arguments,
         train_dataset=data,

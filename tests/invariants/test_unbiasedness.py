@@ -16,6 +16,7 @@ from transformers import Trainer
 
 import hf_lgp.trainer
 from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp.plans import Plan
 
 EXAMPLES, CONTROLS = 6, 2
 
@@ -38,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "Dinov2": {"family": "dinov2"},
     # the exact examples are observed apart, and control examples take part in the prediction pass
     "compiled": {"arguments": {"torch_compile": True, "torch_compile_backend": "eager"}},
+    # what the controller follows where the regression adds too little
+    "path alone": {"ridge": False},
     # transformers computes the softmax of eager attention in float32
     "eager attention": {"model": {"attn_implementation": "eager"}, "tolerance": 1e-4},
 }
@@ -101,6 +104,7 @@ def test_mean_over_every_draw_is_the_full_gradient(
     assert engine.path is not None
     for coefficients in engine.predictor.alignment.coefficients:
         assert (coefficients > 0).sum() > 5
+    engine.controller.plan = Plan(CONTROLS / EXAMPLES, CASES[name].get("ridge", True))
     batch = data.batch(30, 36)
     full = gradients(trainer, Trainer.training_step, batch)
     state, counters = engine.state_dict()

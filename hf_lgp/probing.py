@@ -1,0 +1,207 @@
+"""The probe: does prediction pay for this model and these data, and how much?
+
+A short dry run of :class:`~hf_lgp.LGPTrainer` on a copy of the model: a warm-up, some exact steps to time, and a few dozen steps with
+predictions. It answers for the model as it is now; predictions are best early in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from .engine import LGPEngine
+from .plans import Plan, price_of
+from .settings import LGPSettings
+from .trainer import LGPTrainer
+from .training_args import LGPTrainingArguments
+
+_TRIAL_STEPS = 40
+"""Micro-batches with predictions: a review of the plan lies within."""
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What a probe found.
+
+    Attributes:
+        plan: The plan of least price within the variance budget.
+        price: Its variance times its cost, relative to exact training, whose price is 1.
+        cost: Time of its step over that of an exact step.
+        kappa: Cost of one prediction, all overhead included, in exact examples.
+        rho2: Share of the gradient's variance that predictions explain, weighted by parameters.
+        rho2_by_block: The same by part of the model, mean over its tensors.
+        exact_seconds: Time of an exact micro-batch.
+        memory_mib: Memory of the predictor's window and bases.
+        coverage: Share of the trunk's trainable parameters that have a prediction rule.
+        on_path: Whether the class-token path is followed.
+    """
+
+    plan: Plan
+    price: float
+    cost: float
+    kappa: float
+    rho2: float
+    rho2_by_block: dict[str, float]
+    exact_seconds: float
+    memory_mib: float
+    coverage: float
+    on_path: bool
+
+    @property
+    def verdict(self) -> str:
+        """The finding in words."""
+        if self.plan.exact:
+            return (
+                "Predictions do not pay here: LGPTrainer would train exactly, and look now and then whether that has changed. "
+                f"One prediction costs {self.kappa:.2f} of an exact example and explains {self.rho2:.2f} of the gradient's variance."
+            )
+        return (
+            f"Predictions pay here: with exact gradients for {self.plan.fraction:.3g} of every batch a step takes {self.cost:.2f} of "
+            f"an exact one, and the same progress about {self.price:.2f} of the time."
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            ("control fraction", f"{self.plan.fraction:.3g}"),
+            ("step, in exact steps", f"{self.cost:.3f}"),
+            ("prediction, in exact examples (kappa)", f"{self.kappa:.3f}"),
+            ("variance explained (rho2)", f"{self.rho2:.3f}"),
+            *((f"  {name}", f"{value:.3f}") for name, value in self.rho2_by_block.items()),
+            ("expected price (exact training: 1)", f"{self.price:.3f}"),
+            ("exact micro-batch", f"{self.exact_seconds:.4f} s"),
+            ("predictor's memory", f"{self.memory_mib:.0f} MiB"),
+            ("parameters with a rule", f"{self.coverage:.1%}"),
+            ("class-token path", "followed" if self.on_path else "none: regression alone"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), self.verdict])
+
+
+class _Probing(LGPTrainer):
+    """Tries a plan with predictions whatever its expected price, and reports before its engine is gone."""
+
+    report: ProbeReport | None = None
+    _trial = False
+    _unit = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        engine = self._lgp_engine
+        if engine is not None and not self._trial and engine.review.reviews > 0:
+            self._trial = True
+            if engine.controller.plan.exact:
+                engine.controller.plan = Plan(0.25, ridge=engine.path is None)
+        self._unit = max(v.numel() for v in inputs.values() if isinstance(v, Tensor))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _lgp_close(self) -> None:
+        if self._lgp_engine is not None and self._trial:
+            self._lgp_engine.review.now()
+            names = {id(p): name for name, p in self._lgp_model.named_parameters()}
+            self.report = _report(self._lgp_engine, names, self._unit)
+        super()._lgp_close()
+
+
+def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
+    controller, predictor = engine.controller, engine.predictor
+    tried = next(iter(controller.costs.timed), Plan(0.25, ridge=engine.path is None))
+    controller.plan = tried
+    plan = controller.best()
+    shown = tried if plan.exact else plan
+    cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge]
+    kappa = (controller.costs.relative(shown) - shown.fraction) / (1.0 - shown.fraction)
+    explained = (predictor.alignment.rho2 if shown.ridge else predictor.alignment.path_rho2).tolist()
+    blocks: dict[str, list[float]] = {}
+    for rule, value in zip(engine.rules, explained, strict=True):
+        found = _BLOCK.search(names[id(rule.parameters[0])])
+        blocks.setdefault(f"block {found.group(1)}" if found else "embeddings and norms", []).append(value)
+    return ProbeReport(
+        plan=plan,
+        price=price_of(plan, cost, controller.rho2[plan.ridge]),
+        cost=cost,
+        kappa=kappa,
+        rho2=rho2,
+        rho2_by_block={name: sum(values) / len(values) for name, values in blocks.items()},
+        exact_seconds=(controller.costs.seconds(Plan(1.0)) or math.nan) * unit,
+        memory_mib=sum(t.numel() * t.element_size() for t in predictor.state_dict().values()) / 2**20,
+        coverage=engine.coverage,
+        on_path=engine.path is not None,
+    )
+
+
+def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:
+    """Find out in a short dry run whether predictions pay.
+
+    Model, data set, arguments and all random streams are left as they were found; nothing is written or logged.
+
+    Args:
+        model: The model as it would be trained, on the CPU or on the device it is trained on; a copy is trained.
+        dataset: Its training data set.
+        args: The training arguments; batch size, precision and ``lgp_*`` settings matter. ``lgp_control_fraction`` is taken as
+            automatic.
+        kwargs: What else ``Trainer`` would be given: a data collator, a loss function.
+
+    Raises:
+        ValueError: If the run is not suited to predictions, as :class:`LGPTrainer` would say, or if the data set is too small for
+            a batch of two examples.
+    """
+    with tempfile.TemporaryDirectory() as folder, _random_streams_kept():
+        trial = _trial_arguments(args, folder)
+        trainer = _Probing(copy.deepcopy(model), trial, train_dataset=dataset, **kwargs)
+        trainer.train()
+        if trainer.report is None:
+            raise ValueError(
+                "The probe could not make a prediction: the batches are too small, carry no labels, or memory ran out. Use a "
+                "larger `per_device_train_batch_size`, or see the warnings above."
+            )
+        return trainer.report
+
+
+def _trial_arguments(args: TrainingArguments | None, folder: str) -> LGPTrainingArguments:
+    given = {} if args is None else {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+    settings = LGPSettings.from_arguments(args)
+    examples = given.get("per_device_train_batch_size", 8)
+    watched = min(examples, settings.observe_examples)
+    micro_batches = -(-settings.warmup_examples // watched) + 16 + _TRIAL_STEPS
+    return LGPTrainingArguments(
+        **{
+            **given,
+            "output_dir": folder,
+            "lgp_control_fraction": 0.0,
+            "max_steps": -(-micro_batches // given.get("gradient_accumulation_steps", 1)),
+            "eval_strategy": "no",
+            "eval_on_start": False,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "deepspeed": None,
+        }
+    )
+
+
+@contextmanager
+def _random_streams_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

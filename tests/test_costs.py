@@ -1,0 +1,61 @@
+"""Costs: what is measured counts, what is not is put together from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_lgp.costs import OBSERVED, Costs
+from hf_lgp.plans import EXACT, Plan
+
+
+def costs(**readings: tuple[Plan, list[float]]) -> Costs:
+    table = Costs()
+    for plan, seconds in readings.values():
+        for reading in seconds:
+            table.record(plan, reading)
+    return table
+
+
+def test_unknown_costs_come_from_operation_counts() -> None:
+    table = Costs()
+    assert table.relative(EXACT) == 1.0
+    assert table.relative(Plan(0.25)) == pytest.approx(0.25 + 0.75 * 0.4)
+    assert table.relative(Plan(0.25)) < table.relative(Plan(0.25, ridge=True)) < table.relative(Plan(0.5))
+    assert table.seconds(EXACT) is None and table.observing() == 1.0
+
+
+def test_a_timed_plan_has_its_own_cost_and_tells_those_of_others() -> None:
+    plan = Plan(0.25, ridge=True)
+    table = costs(exact=(EXACT, [2.0] * 3), plan=(plan, [1.0] * 16))
+    assert table.relative(plan) == pytest.approx(0.5)
+    assert table.relative(Plan(0.125, ridge=True)) < 0.5 < table.relative(Plan(0.5, ridge=True)) < 1.0
+    assert table.relative(Plan(0.25)) < 0.5
+
+
+def test_few_readings_of_a_plan_tell_nothing_yet() -> None:
+    table = costs(exact=(EXACT, [2.0]), plan=(Plan(0.25), [9.0] * 3))
+    assert table.relative(Plan(0.25)) == Costs().relative(Plan(0.25))
+
+
+def test_rare_dear_steps_count_and_interruptions_do_not() -> None:
+    plan = Plan(0.25)
+    assert costs(plan=(plan, [1.0] * 15 + [3.0])).seconds(plan) == pytest.approx(18 / 16)
+    assert costs(plan=(plan, [1.0] * 15 + [1000.0])).seconds(plan) == pytest.approx(20 / 16)
+    assert costs(exact=(EXACT, [1.0] * 3 + [1000.0])).seconds(EXACT) == 1.0
+
+
+def test_old_readings_are_forgotten() -> None:
+    table = costs(exact=(EXACT, [9.0] * 50 + [1.0] * 48))
+    assert table.seconds(EXACT) == 1.0
+
+
+def test_what_learning_adds() -> None:
+    assert costs(exact=(EXACT, [2.0]), observed=(OBSERVED, [3.0])).observing() == pytest.approx(0.5)
+    assert costs(exact=(EXACT, [2.0]), observed=(OBSERVED, [1.9])).observing() == 0.0
+
+
+def test_state_is_restored() -> None:
+    table, restored = costs(exact=(EXACT, [2.0]), plan=(Plan(0.25, True), [1.0] * 60)), Costs()
+    restored.load_state_dict(table.state_dict())
+    assert restored.state_dict() == table.state_dict()
+    assert restored.relative(Plan(0.25, True)) == table.relative(Plan(0.25, True)) == 0.5

@@ -1,0 +1,52 @@
+"""Plans: prices by the estimator's formulas, and a choice that keeps to them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_lgp.estimator import relative_variance
+from hf_lgp.plans import EXACT, FRACTIONS, HYSTERESIS, Plan, choose, price_of
+
+PLANS = [Plan(f, ridge) for f in FRACTIONS for ridge in (False, True)]
+shares = st.floats(0.0, 1.0)
+
+
+def test_exact_training_has_price_one() -> None:
+    assert price_of(EXACT, cost=7.0, rho2=0.3) == 1.0
+
+
+def test_a_price_is_cost_times_variance() -> None:
+    assert price_of(Plan(0.25), cost=0.5, rho2=0.9) == pytest.approx(0.5 * (1 - 0.75 * 0.9) / 0.25)
+
+
+@given(
+    st.sampled_from([EXACT, *PLANS]),
+    st.lists(st.floats(0.05, 3.0), min_size=len(PLANS), max_size=len(PLANS)),
+    shares,
+    shares,
+    st.sampled_from([1.1, 1.5, math.inf]),
+)
+def test_the_choice(current: Plan, costs: list[float], alone: float, both: float, budget: float) -> None:
+    rho2, cost = {False: alone, True: both}, dict(zip(PLANS, costs, strict=True))
+    chosen = choose(current, PLANS, cost, rho2, budget)
+
+    def price(plan: Plan) -> float:
+        return price_of(plan, cost.get(plan, 1.0), rho2[plan.ridge])
+
+    allowed = [EXACT, *(p for p in PLANS if relative_variance(p.fraction, rho2[p.ridge]) <= budget)]
+    assert chosen in allowed, "the budget is kept"
+    assert HYSTERESIS * price(chosen) <= min(price(plan) for plan in allowed) * (1 + 1e-12)
+    if chosen != current and current in allowed:
+        assert price(chosen) <= HYSTERESIS * price(current), "a change has to be worth it"
+    assert HYSTERESIS * price(chosen) <= 1.0 + 1e-12, "never clearly worse than exact training"
+
+
+def test_without_any_correlation_nothing_is_predicted() -> None:
+    free = dict.fromkeys(PLANS, 1e-9)
+    dear = {plan: plan.fraction for plan in PLANS}  # predictions cost nothing at all
+    assert choose(EXACT, PLANS, dear, {False: 0.0, True: 0.0}, math.inf) == EXACT
+    assert not choose(EXACT, PLANS, free, {False: 0.0, True: 0.0}, math.inf).exact, "free lunch is taken"
