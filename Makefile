@@ -50,3 +50,9 @@ gpu-check: ## run GPU tests and benchmarks on the accelerator at hand: make gpu-
 	$(PY) benchmarks/predictability.py --data $(CIFAR) --workers 8 --name predictability_gpu
 	$(PY) benchmarks/extra_variance.py --data $(CIFAR) --name extra_variance_gpu
 	$(PY) benchmarks/worth.py --data $(CIFAR) --name worth_gpu
+	$(PY) benchmarks/time_to_accuracy.py --data $(CIFAR) --vit vit-small-16 --images 10000 --epochs 6 --attention sdpa --name time_to_accuracy_gpu
+	$(PY) benchmarks/time_to_accuracy.py --data $(CIFAR) --vit vit-small-16 --images 10000 --epochs 6 --attention sdpa --compile --name time_to_accuracy_gpu_compiled
+
+.PHONY: probe
+probe: $(STAMP) ## find out whether predictions pay for the demo's model
+	$(VENV)/bin/hf-lgp probe examples/train_vit.py --output_dir $(OUTPUT) $(DEMO)

@@ -45,7 +45,7 @@ _TOO_SMALL = {
 }
 _OUT_OF_RANGE = {
     **_TOO_SMALL,
-    "control_fraction": st.one_of(st.floats(max_value=0.0), st.floats(1.0, exclude_min=True), st.just(float("nan"))),
+    "control_fraction": st.one_of(st.floats(max_value=-1e-9), st.floats(1.0, exclude_min=True), st.just(float("nan"))),
     "ridge": st.one_of(st.floats(max_value=0.0), st.just(float("nan"))),
     "kernel": st.text().filter(lambda name: name not in ("linear", "rbf")),
 }
