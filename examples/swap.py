@@ -7,7 +7,7 @@
 # ///
 """The one-word swap, side by side: the same model, data and arguments under ``Trainer`` and under ``LGPTrainer``.
 
-    python examples/swap.py
+python examples/swap.py
 """
 
 from __future__ import annotations

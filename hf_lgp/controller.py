@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .costs import OBSERVED, Costs
-from .plans import EXACT, FRACTIONS, Plan, choose, price_of
+from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
@@ -48,7 +48,7 @@ class Controller:
         seen: Micro-batches so far.
         plan: The plan followed once the predictor is ready.
         costs: Measured times.
-        rho2: Share of variance explained without and with the regression, as of the last review.
+        rho2: Shares of variance explained without and with the regression, as of the last review.
         saved: Estimated seconds saved so far against exact training, negative for a loss.
     """
 
@@ -56,7 +56,7 @@ class Controller:
         self.settings, self.fractions = settings, fractions
         self.seen = 0
         self.costs = Costs()
-        self.rho2 = {False: 0.0, True: 0.0}
+        self.rho2 = {False: Explained(), True: Explained()}
         self.saved = 0.0
         self._since_fit = 0
         self._ready_at = -1
@@ -158,12 +158,12 @@ class Controller:
         since = self.seen - self._ready_at - _CALIBRATING_STEPS
         return since >= 0 and since % _REVIEW_STEPS == 0
 
-    def review(self, readings: Sequence[tuple[Plan, float, float]], rho2: tuple[float, float]) -> bool:
+    def review(self, readings: Sequence[tuple[Plan, float, float]], rho2: tuple[Explained, Explained]) -> bool:
         """Choose a plan.
 
         Args:
             readings: Plan, size and seconds per unit of the micro-batches timed since the last review.
-            rho2: Share of variance explained without and with the regression.
+            rho2: Shares of variance explained without and with the regression.
 
         Returns:
             Whether the plan changed.
@@ -173,7 +173,7 @@ class Controller:
         exact = self.costs.seconds(EXACT)
         if exact is not None:
             self.saved += sum(size * (exact - seconds) for plan, size, seconds in readings if plan != EXACT)
-        self.rho2 = {False: rho2[0], True: max(rho2)}
+        self.rho2 = dict(zip((False, True), rho2, strict=True))
         chosen = self.best()
         changed = chosen != self.plan
         if changed:
@@ -189,7 +189,7 @@ class Controller:
     @property
     def price(self) -> float:
         """Price of the present plan by the figures of the last review; plain training has price 1."""
-        return price_of(self.plan, self.costs.relative(self.plan), self.rho2[self.plan.ridge])
+        return price_of(self.plan, self.costs.relative(self.plan), self.rho2[self.plan.ridge].overall)
 
     # -- state -------------------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class Controller:
             "since_fit": self._since_fit,
             "ready_at": self._ready_at,
             "plan": [self.plan.fraction, self.plan.ridge],
-            "rho2": [self.rho2[False], self.rho2[True]],
+            "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
             "settling": self._settling,
             "usual": self._usual,
@@ -212,6 +212,6 @@ class Controller:
         self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
         if self.automatic:
             self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]))
-        self.rho2 = dict(zip((False, True), state["rho2"], strict=True))
+        self.rho2 = {ridge: Explained(*shares) for ridge, shares in zip((False, True), state["rho2"], strict=True)}
         self.saved, self._settling, self._usual = state["saved"], state["settling"], state["usual"]
         self.costs.load_state_dict(state["costs"])

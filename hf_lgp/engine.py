@@ -28,7 +28,7 @@ from .prediction_pass import prediction_pass
 from .predictor import GradientPredictor
 from .review import Review
 from .row_notes import is_active
-from .rules import Rule, coverage, trunk_rules
+from .rules import Rule, coverage, part_name, trunk_rules
 from .settings import LGPSettings
 from .subspace import Subspace
 
@@ -333,9 +333,26 @@ class LGPEngine:
         }
 
     def _weights(self) -> Tensor:
-        """Share of every rule's parameters in the trunk's, shape ``(L,)``: what has no rule keeps its variance whole."""
-        sizes = torch.tensor([sum(p.numel() for p in rule.parameters) for rule in self.rules], dtype=torch.float64)
-        return (self.coverage * sizes / sizes.sum()).to(self.device, self.predictor.alignment.rho2.dtype)
+        """Share of every rule's parameters in the trunk's and in each part's, shape ``(1 + parts, L)``.
+
+        What has no rule keeps its variance whole, so rows may sum to less than 1.
+        """
+        model, head = self._whole
+        own = {id(parameter) for parameter in head.parameters()}
+        sizes: dict[str, float] = {}
+        part_of: dict[int, str] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in own:
+                part_of[id(parameter)] = part = part_name(name)
+                sizes[part] = sizes.get(part, 0.0) + parameter.numel()
+        parts = list(sizes)
+        weights = torch.zeros(1 + len(parts), len(self.rules), dtype=torch.float64)
+        for position, rule in enumerate(self.rules):
+            part = part_of[id(rule.parameters[0])]
+            count = sum(parameter.numel() for parameter in rule.parameters)
+            weights[0, position] = count / sum(sizes.values())
+            weights[1 + parts.index(part), position] = count / sizes[part]
+        return weights.to(self.device)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and counters needed to go on exactly where this engine stands."""

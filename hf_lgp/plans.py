@@ -51,8 +51,25 @@ def price_of(plan: Plan, cost: float, rho2: float) -> float:
     return 1.0 if plan.exact else cost * relative_variance(plan.fraction, rho2)
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Shares of the variance of per-example gradients that predictions explain.
+
+    Attributes:
+        overall: Of the whole trunk, every parameter counting alike.
+        worst: Of that part of the model, a block or the embeddings, of which it is least.
+    """
+
+    overall: float = 0.0
+    worst: float = 0.0
+
+
 def choose(
-    current: Plan, candidates: Sequence[Plan], costs: Mapping[Plan, float], rho2: Mapping[bool, float], budget: float
+    current: Plan,
+    candidates: Sequence[Plan],
+    costs: Mapping[Plan, float],
+    rho2: Mapping[bool, Explained],
+    budget: float,
 ) -> Plan:
     """The plan of least price within the variance budget, the current one unless another is clearly better.
 
@@ -60,13 +77,14 @@ def choose(
         current: The plan followed so far.
         candidates: Plans to choose from besides exact training.
         costs: Cost of each candidate relative to an exact step.
-        rho2: Share of variance explained, without and with the regression.
-        budget: Largest variance of the gradient relative to the exact one; exact training keeps to any budget.
+        rho2: Shares of variance explained, without and with the regression.
+        budget: Largest variance of the gradient in any part of the model, relative to the exact gradient's there; exact training keeps
+            to any budget.
     """
     prices = {
-        plan: price_of(plan, costs[plan], rho2[plan.ridge])
+        plan: price_of(plan, costs[plan], rho2[plan.ridge].overall)
         for plan in candidates
-        if relative_variance(plan.fraction, rho2[plan.ridge]) <= budget
+        if relative_variance(plan.fraction, rho2[plan.ridge].worst) <= budget
     }
     prices[EXACT] = 1.0
     best = min(prices, key=lambda plan: prices[plan])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +22,13 @@ from transformers import TrainingArguments
 
 from .engine import LGPEngine
 from .plans import Plan, price_of
+from .rules import part_name
 from .settings import LGPSettings
 from .trainer import LGPTrainer
 from .training_args import LGPTrainingArguments
 
 _TRIAL_STEPS = 40
 """Micro-batches with predictions: a review of the plan lies within."""
-
-_BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -121,16 +119,15 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     controller.plan = tried
     plan = controller.best()
     shown = tried if plan.exact else plan
-    cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge]
+    cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].overall
     kappa = (controller.costs.relative(shown) - shown.fraction) / (1.0 - shown.fraction)
     explained = (predictor.alignment.rho2 if shown.ridge else predictor.alignment.path_rho2).tolist()
     blocks: dict[str, list[float]] = {}
     for rule, value in zip(engine.rules, explained, strict=True):
-        found = _BLOCK.search(names[id(rule.parameters[0])])
-        blocks.setdefault(f"block {found.group(1)}" if found else "embeddings and norms", []).append(value)
+        blocks.setdefault(part_name(names[id(rule.parameters[0])]), []).append(value)
     return ProbeReport(
         plan=plan,
-        price=price_of(plan, cost, controller.rho2[plan.ridge]),
+        price=price_of(plan, cost, controller.rho2[plan.ridge].overall),
         cost=cost,
         kappa=kappa,
         rho2=rho2,

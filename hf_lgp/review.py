@@ -10,7 +10,7 @@ from torch import Tensor
 from .alignment import Alignment
 from .controller import Controller
 from .exchange import Exchange
-from .plans import EXACT, Plan
+from .plans import EXACT, Explained, Plan
 from .stopwatch import Stopwatch
 
 _IDEAL_PREDICTION = 1.0 / 3.0
@@ -23,8 +23,9 @@ class Review:
     Args:
         controller: Takes the readings.
         alignment: Tells how well gradients are predicted.
-        weights: Share of every tensor in the trunk's parameters, shape ``(L,)``. Adam gives each entry about the same step, so a
-            tensor's noise counts as many times as it has entries.
+        weights: Share of every tensor in the trunk's parameters, and below it, row by row, its share in those of each part of the
+            trunk, shape ``(1 + parts, L)``. Adam gives each entry about the same step, so a tensor's noise counts as many times as it has
+            entries.
         exchange: Averages readings over processes.
         device: Where the work is done.
 
@@ -67,8 +68,9 @@ class Review:
     def _review(self) -> None:
         taken = self.stopwatch.collect()
         seconds = torch.tensor([s for _, s in taken], dtype=torch.float64).to(self.device, non_blocking=True)
-        explained = [share.to(seconds.dtype) @ self.weights.to(seconds.dtype) for share in self._explained()]
-        values = torch.cat([torch.stack(explained), seconds])
+        shares = torch.stack([self.alignment.path_rho2, self.alignment.rho2])
+        overall, *parts = self.weights.to(seconds.dtype) @ shares.to(seconds.dtype).T
+        values = torch.cat([overall, torch.stack(parts).amin(0), seconds])
         self.exchange.average([values])
         staged: Any = ([label for label, _ in taken], values.to("cpu", non_blocking=True), None)
         if self.device.type == "cuda":
@@ -81,13 +83,10 @@ class Review:
         labels, values, event = staged
         if event is not None:
             event.synchronize()
-        path, both, *means = values.tolist()
+        path, both, path_worst, both_worst, *means = values.tolist()
         readings = [(plan, size, mean) for (plan, size), mean in zip(labels, means, strict=True)]
-        self.controller.review(readings, (path, both))
+        self.controller.review(readings, (Explained(path, path_worst), Explained(both, both_worst)))
         self.reviews += 1
-
-    def _explained(self) -> tuple[Tensor, Tensor]:
-        return self.alignment.path_rho2, self.alignment.rho2
 
     def state_dict(self) -> list[list[float]]:
         """What was timed since the last review, one row per micro-batch: fraction, ridge, size, seconds."""
@@ -110,7 +109,8 @@ class Review:
         cost, rest = controller.costs.relative(plan), 1.0 - plan.fraction
         return {
             **figures,
-            "rho2_weighted": controller.rho2[plan.ridge],
+            "rho2_weighted": controller.rho2[plan.ridge].overall,
+            "rho2_worst": controller.rho2[plan.ridge].worst,
             "cost": cost,
             "kappa": (cost - plan.fraction) / rest if rest > 0.0 else 0.0,
             "overhead": cost - plan.fraction - rest * _IDEAL_PREDICTION,

@@ -9,6 +9,7 @@ To cover a new layer, subclass :class:`Rule` and add it to :data:`MODULE_RULES`.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 
 import torch
@@ -302,3 +303,12 @@ def coverage(rules: list[Rule], model: nn.Module, head: nn.Module) -> float:
     total = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in head_parameters)
     covered = sum(p.numel() for rule in rules for p in rule.parameters)
     return covered / total if total else 1.0
+
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def part_name(parameter: str) -> str:
+    """Part of a model that a parameter belongs to, by its qualified name: its block, counted by the first number, or the rest."""
+    found = _BLOCK.search(parameter)
+    return f"block {found.group(1)}" if found else "embeddings and norms"

@@ -9,7 +9,7 @@ import pytest
 
 from hf_lgp.controller import Controller
 from hf_lgp.costs import OBSERVED
-from hf_lgp.plans import EXACT, Plan
+from hf_lgp.plans import EXACT, Explained, Plan
 from hf_lgp.settings import LGPSettings
 
 
@@ -21,6 +21,11 @@ def controller(on_path: bool = True, **values: Any) -> Controller:
 def advance(decisions: Controller, steps: int, ready: bool = True) -> None:
     for _ in range(steps):
         decisions.advance(ready)
+
+
+def explained(path: float, both: float) -> tuple[Explained, Explained]:
+    """The same everywhere in the model."""
+    return Explained(path, path), Explained(both, both)
 
 
 def until_review(decisions: Controller) -> None:
@@ -124,10 +129,10 @@ def test_the_first_review_comes_after_some_timed_exact_steps() -> None:
 def test_good_predictions_are_used_and_their_price_follows_from_what_was_measured() -> None:
     decisions = automatic()
     until_review(decisions)
-    assert decisions.review(readings((EXACT, 1.0)), (0.95, 0.96))
+    assert decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.96))
     tried = decisions.plan
     assert tried.fraction < 1.0 and decisions.now(ready=True) == tried
-    decisions.review(readings((tried, 0.6)), (0.95, 0.96))
+    decisions.review(readings((tried, 0.6)), explained(0.95, 0.96))
     assert decisions.costs.relative(tried) == pytest.approx(0.6)
     assert decisions.saved == pytest.approx(16 * 10 * 0.4)
 
@@ -136,55 +141,63 @@ def test_good_predictions_are_used_and_their_price_follows_from_what_was_measure
 def test_bad_predictions_are_not_used(on_path: bool) -> None:
     decisions = automatic(on_path)
     until_review(decisions)
-    assert not decisions.review(readings((EXACT, 1.0)), (0.2, 0.3))
+    assert not decisions.review(readings((EXACT, 1.0)), explained(0.2, 0.3))
     assert decisions.plan == decisions.now(ready=True) == EXACT and decisions.price == 1.0
 
 
 def test_a_plan_that_turns_out_dear_is_left_and_not_tried_again_until_it_looks_cheaper() -> None:
     decisions = automatic()
     until_review(decisions)
-    decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.95))
     for _ in range(10):  # every plan costs more than an exact step
         if decisions.plan.exact:
             break
-        decisions.review(readings((EXACT, 1.0), (decisions.plan, 1.2)), (0.95, 0.95))
+        decisions.review(readings((EXACT, 1.0), (decisions.plan, 1.2)), explained(0.95, 0.95))
     assert decisions.plan == EXACT and decisions.saved < 0
-    assert not decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
-    assert decisions.review(readings((EXACT, 2.5)), (0.95, 0.95)), "exact steps became dearer"
+    assert not decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.95))
+    assert decisions.review(readings((EXACT, 2.5)), explained(0.95, 0.95)), "exact steps became dearer"
 
 
 def test_it_comes_back_when_predictions_become_good() -> None:
     decisions = automatic()
     until_review(decisions)
-    decisions.review(readings((EXACT, 1.0)), (0.1, 0.1))
+    decisions.review(readings((EXACT, 1.0)), explained(0.1, 0.1))
     assert decisions.plan == EXACT
-    assert decisions.review([], (0.95, 0.95)) and not decisions.plan.exact
+    assert decisions.review([], explained(0.95, 0.95)) and not decisions.plan.exact
 
 
 def test_the_variance_budget_is_kept() -> None:
     strict, free = automatic(variance_budget=1.05), automatic(variance_budget=0.0)
     for decisions in (strict, free):
         until_review(decisions)
-        decisions.review(readings((EXACT, 1.0)), (0.9, 0.9))
+        decisions.review(readings((EXACT, 1.0)), explained(0.9, 0.9))
     assert free.plan.fraction < strict.plan.fraction or strict.plan.exact
+
+
+def test_the_worst_part_decides_whether_the_budget_is_kept() -> None:
+    for worst, exact in ((0.9, False), (0.3, True)):
+        decisions = automatic()
+        until_review(decisions)
+        decisions.review(readings((EXACT, 1.0)), (Explained(0.95, worst), Explained(0.95, worst)))
+        assert decisions.plan.exact == exact
 
 
 def test_the_regression_is_used_where_it_explains_enough_more() -> None:
     alike, apart = automatic(), automatic()
     for decisions, both in ((alike, 0.901), (apart, 0.99)):
         until_review(decisions)
-        decisions.review(readings((EXACT, 1.0)), (0.9, both))
+        decisions.review(readings((EXACT, 1.0)), explained(0.9, both))
     assert not alike.plan.ridge and apart.plan.ridge
     alone = automatic(on_path=False)
     until_review(alone)
-    alone.review(readings((EXACT, 1.0)), (0.0, 0.9))
+    alone.review(readings((EXACT, 1.0)), explained(0.0, 0.9))
     assert alone.plan.ridge and not alone.plan.exact
 
 
 def test_exact_steps_are_timed_now_and_then_while_a_plan_predicts() -> None:
     decisions = automatic()
     until_review(decisions)
-    decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.95))
     kinds = []
     for _ in range(1010):
         label = decisions.label(True, 8)
@@ -200,7 +213,7 @@ def test_exact_steps_are_timed_now_and_then_while_a_plan_predicts() -> None:
 def test_while_exact_it_looks_as_rarely_as_looking_is_dear(observed: float, most: int) -> None:
     decisions = automatic()
     until_review(decisions)
-    decisions.review(readings((EXACT, 1.0), (OBSERVED, observed)), (0.0, 0.0))
+    decisions.review(readings((EXACT, 1.0), (OBSERVED, observed)), explained(0.0, 0.0))
     looks = 0
     for _ in range(1024):
         looks += decisions.observes(True)
@@ -222,7 +235,7 @@ def test_state_is_restored_by_way_of_json(fraction: float) -> None:
     decisions = controller(control_fraction=fraction)
     until_review(decisions) if fraction == 0.0 else advance(decisions, 11)
     if fraction == 0.0:
-        decisions.review(readings((EXACT, 1.0), (OBSERVED, 1.1)), (0.9, 0.95))
+        decisions.review(readings((EXACT, 1.0), (OBSERVED, 1.1)), explained(0.9, 0.95))
     decisions.refitted()
     decisions.advance(True)
     restored = controller(control_fraction=fraction)
@@ -234,6 +247,6 @@ def test_state_is_restored_by_way_of_json(fraction: float) -> None:
 def test_a_fixed_fraction_wins_over_a_restored_plan() -> None:
     decisions, fixed = automatic(), controller()
     until_review(decisions)
-    decisions.review(readings((EXACT, 1.0)), (0.95, 0.95))
+    decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.95))
     fixed.load_state_dict(decisions.state_dict())
     assert fixed.plan == Plan(0.5, ridge=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lgp.estimator import relative_variance
-from hf_lgp.plans import EXACT, FRACTIONS, HYSTERESIS, Plan, choose, price_of
+from hf_lgp.plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_of
 
 PLANS = [Plan(f, ridge) for f in FRACTIONS for ridge in (False, True)]
 shares = st.floats(0.0, 1.0)
@@ -26,18 +26,20 @@ def test_a_price_is_cost_times_variance() -> None:
 @given(
     st.sampled_from([EXACT, *PLANS]),
     st.lists(st.floats(0.05, 3.0), min_size=len(PLANS), max_size=len(PLANS)),
-    shares,
-    shares,
+    st.tuples(shares, shares),
+    st.tuples(shares, shares),
     st.sampled_from([1.1, 1.5, math.inf]),
 )
-def test_the_choice(current: Plan, costs: list[float], alone: float, both: float, budget: float) -> None:
-    rho2, cost = {False: alone, True: both}, dict(zip(PLANS, costs, strict=True))
+def test_the_choice(
+    current: Plan, costs: list[float], alone: tuple[float, float], both: tuple[float, float], budget: float
+) -> None:
+    rho2, cost = {False: Explained(*alone), True: Explained(*both)}, dict(zip(PLANS, costs, strict=True))
     chosen = choose(current, PLANS, cost, rho2, budget)
 
     def price(plan: Plan) -> float:
-        return price_of(plan, cost.get(plan, 1.0), rho2[plan.ridge])
+        return price_of(plan, cost.get(plan, 1.0), rho2[plan.ridge].overall)
 
-    allowed = [EXACT, *(p for p in PLANS if relative_variance(p.fraction, rho2[p.ridge]) <= budget)]
+    allowed = [EXACT, *(p for p in PLANS if relative_variance(p.fraction, rho2[p.ridge].worst) <= budget)]
     assert chosen in allowed, "the budget is kept"
     assert HYSTERESIS * price(chosen) <= min(price(plan) for plan in allowed) * (1 + 1e-12)
     if chosen != current and current in allowed:
@@ -48,5 +50,7 @@ def test_the_choice(current: Plan, costs: list[float], alone: float, both: float
 def test_without_any_correlation_nothing_is_predicted() -> None:
     free = dict.fromkeys(PLANS, 1e-9)
     dear = {plan: plan.fraction for plan in PLANS}  # predictions cost nothing at all
-    assert choose(EXACT, PLANS, dear, {False: 0.0, True: 0.0}, math.inf) == EXACT
-    assert not choose(EXACT, PLANS, free, {False: 0.0, True: 0.0}, math.inf).exact, "free lunch is taken"
+    assert choose(EXACT, PLANS, dear, {False: Explained(), True: Explained()}, math.inf) == EXACT
+    assert not choose(EXACT, PLANS, free, {False: Explained(), True: Explained()}, math.inf).exact, (
+        "free lunch is taken"
+    )
