@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .costs import OBSERVED, Costs
+from .estimator import control_size
 from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of
 from .settings import LGPSettings
 
@@ -28,6 +29,9 @@ _REVIEW_STEPS = 32
 
 _CLEAN_STEPS = 101
 """Micro-batches between two that are exact and not observed while a plan predicts, to time them; prime to what recurs otherwise."""
+
+_EARLY_CLEAN_STEPS = (11, 19, 35, 67)
+"""Micro-batches after the predictor was ready that are clean as well: the first times are the least certain."""
 
 _SETTLING_STEPS = 2
 """Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
@@ -58,10 +62,11 @@ class Controller:
         self.costs = Costs()
         self.rho2 = {False: Explained(), True: Explained()}
         self.saved = 0.0
+        self._unaccounted: list[tuple[Plan, float, float]] = []
         self._since_fit = 0
         self._ready_at = -1
         self._settling = 0
-        self._usual = 0
+        self._last = self._usual = 0
         self.follow(on_path)
 
     def follow(self, on_path: bool) -> None:
@@ -76,9 +81,10 @@ class Controller:
 
     def now(self, ready: bool) -> Plan:
         """The plan of the next micro-batch: exact until the predictor is ready, and now and then to time exact steps."""
-        if not ready or self._calibrating(ready) or (self.automatic and self.seen % _CLEAN_STEPS == 0):
+        if not ready or self._calibrating(ready):
             return EXACT
-        return self.plan
+        clean = self.seen % _CLEAN_STEPS == 0 or self.seen - self._ready_at in _EARLY_CLEAN_STEPS
+        return EXACT if self.automatic and clean else self.plan
 
     def _calibrating(self, ready: bool) -> bool:
         if not self.automatic or not ready:
@@ -97,14 +103,19 @@ class Controller:
         """Micro-batches between two observed ones while every step is exact: as rare as their cost demands."""
         return _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / _LOOKING_SHARE / _REVIEW_STEPS))
 
-    def moves_bases(self, ready: bool) -> bool:
-        """Whether this micro-batch, if it is observed, contributes to the bases."""
+    def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
+        """Whether this micro-batch, if it is observed, contributes to the bases.
+
+        Args:
+            ready: Whether the predictor is ready.
+            fitted: Whether the regression was fitted: then predictions can be compared with whole gradients, which is due.
+        """
         if self.seen < _EAGER_BASIS_STEPS or self.seen % self.settings.basis_steps == 0:
             return True
-        return self.automatic and (not ready or self.plan.exact)
+        return self.automatic and ((fitted and not ready) or (ready and self.plan.exact))
 
     def measures(self, ready: bool) -> bool:
-        """Whether to compare predictions with the the exact gradients of this micro-batch, if it is observed."""
+        """Whether to compare predictions with the exact gradients of this micro-batch, if it is observed."""
         steps = max(_MEASURING_STEPS, self.settings.observe_steps)
         return not ready or self.moves_bases(ready) or self.seen % steps == 0
 
@@ -125,10 +136,12 @@ class Controller:
 
         Args:
             ready: Whether the predictor is ready.
-            examples: Size of the micro-batch: smaller ones than usual tell little.
+            examples: Size of the micro-batch: one that is smaller than that before it tells little.
         """
-        self._usual = max(self._usual, examples)
-        if self._settling > 0 or examples < self._usual or not self.automatic:
+        smaller, self._last = examples < self._last, examples
+        if not smaller:
+            self._usual = examples
+        if self._settling > 0 or smaller or not self.automatic:
             return None
         plan = self.now(ready)
         return OBSERVED if plan.exact and self.observes(ready) else plan
@@ -170,9 +183,10 @@ class Controller:
         """
         for plan, _, seconds in readings:
             self.costs.record(plan, seconds)
-        exact = self.costs.seconds(EXACT)
-        if exact is not None:
-            self.saved += sum(size * (exact - seconds) for plan, size, seconds in readings if plan != EXACT)
+        self._unaccounted += [reading for reading in readings if reading[0] != EXACT]
+        if (exact := self.costs.seconds(EXACT)) is not None:
+            self.saved += sum(size * (exact - seconds) for _, size, seconds in self._unaccounted)
+            self._unaccounted.clear()
         self.rho2 = dict(zip((False, True), rho2, strict=True))
         chosen = self.best()
         changed = chosen != self.plan
@@ -182,14 +196,22 @@ class Controller:
 
     def best(self) -> Plan:
         """The plan to follow by the figures of the last review: the present one unless another is clearly better."""
-        candidates = [Plan(f, ridge) for f in self.fractions for ridge in ((False, True) if self.on_path else (True,))]
+        # With a single control example nothing could be measured any more.
+        fractions = [f for f in self.fractions if not self._usual or control_size(self._usual, f) >= 2]
+        candidates = [Plan(f, ridge) for f in fractions for ridge in ((False, True) if self.on_path else (True,))]
         costs = {plan: self.costs.relative(plan) for plan in candidates}
-        return choose(self.plan, candidates, costs, self.rho2, self.settings.variance_budget or math.inf)
+        budget = self.settings.variance_budget or math.inf
+        return choose(self.plan, candidates, costs, self.rho2, budget, self._usual)
 
     @property
     def price(self) -> float:
         """Price of the present plan by the figures of the last review; plain training has price 1."""
-        return price_of(self.plan, self.costs.relative(self.plan), self.rho2[self.plan.ridge].overall)
+        return price_of(self.plan, self.costs.relative(self.plan), self.explained.overall, self._usual)
+
+    @property
+    def explained(self) -> Explained:
+        """Shares of variance that the present plan explains; while it is exact, those of the cheapest kind of prediction."""
+        return self.rho2[self.plan.ridge or not self.on_path]
 
     # -- state -------------------------------------------------------------------------------------------------------------
 
@@ -203,7 +225,7 @@ class Controller:
             "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
             "settling": self._settling,
-            "usual": self._usual,
+            "sizes": [self._last, self._usual],
             "costs": self.costs.state_dict(),
         }
 
@@ -211,7 +233,10 @@ class Controller:
         """Restore :meth:`state_dict`; a plan that was chosen by price gives way to a fixed one."""
         self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
         if self.automatic:
-            self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]))
+            self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]) or not self.on_path)
+            if self.plan.exact:
+                self.plan = EXACT
         self.rho2 = {ridge: Explained(*shares) for ridge, shares in zip((False, True), state["rho2"], strict=True)}
-        self.saved, self._settling, self._usual = state["saved"], state["settling"], state["usual"]
+        self.saved, self._settling = state["saved"], state["settling"]
+        self._last, self._usual = state["sizes"]
         self.costs.load_state_dict(state["costs"])

@@ -23,6 +23,9 @@ _ENOUGH = 12
 _OUTLIER = 5.0
 """Readings beyond so many medians are the machine's, not the plan's."""
 
+_RARE = 24
+"""Nor are the largest of so many: a callback, a new epoch. What a plan itself does now and then comes more often."""
+
 _PREDICTION = 0.4
 """A prediction in units of an exact example, before one was timed: a forward pass and a little more."""
 
@@ -54,7 +57,8 @@ class Costs:
         median = statistics.median(readings)
         if plan in (EXACT, OBSERVED):
             return median
-        return statistics.fmean(min(reading, _OUTLIER * median) for reading in readings)
+        most = min(sorted(readings)[-1 - len(readings) // _RARE], _OUTLIER * median)
+        return statistics.fmean(min(reading, most) for reading in readings)
 
     @property
     def timed(self) -> list[Plan]:

@@ -138,12 +138,15 @@ class LGPEngine:
     @contextmanager
     def exact(self, examples: int, seed: int) -> Iterator[None]:
         """Observe a plain forward and backward of ``examples`` examples, if it is to be observed, without changing its result."""
+        if not self.observer.watching:
+            yield
+            return
         chosen: Tensor | slice = slice(None)
         if examples > self.observer.examples:
             order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
             chosen = order[: self.observer.examples].to(self.device, non_blocking=True)
         self.observer.current = Observation(examples, chosen, 1.0, examples)
-        if self.path is not None and self.observer.watching:
+        if self.path is not None:
             count = min(examples, self.observer.examples)
             self.path.start(count)
             self.path.arm(slice(0, count), chosen)
@@ -296,7 +299,6 @@ class LGPEngine:
         if self.observer.exhaustion.error is not None:
             raise self.observer.exhaustion.error
         self.observer.learn()
-        self.review.end()
 
     @property
     def predicts_all(self) -> bool:
@@ -370,6 +372,8 @@ class LGPEngine:
         """
         if tensors["reached"].shape != (len(self.rules),):
             raise ValueError("The stored predictor covers other parameters.")
+        if missing := {*self.controller.state_dict(), "timed"} - counters.keys():
+            raise ValueError(f"The stored predictor's format is another, without {', '.join(sorted(missing))}.")
         self.predictor.load_state_dict(tensors)
         self._nonfinite.copy_(tensors["nonfinite"])
         self.observer.capture.reached = set(tensors["reached"].nonzero().flatten().tolist())
@@ -408,7 +412,7 @@ class LGPEngine:
             splice = Splice(*self._collected, order, weight, self._spared_correction)
             parameters = [parameter for _, rule in self.predicted_rules for parameter in rule.parameters]
             return splice_head(self.head, features, output, splice, parameters)
-        elif self.observer.current is not None and self.observer.watching and output.requires_grad:
+        elif self.observer.current is not None and output.requires_grad:
             detached = features.detach()
             output.register_hook(lambda residuals: self._residuals_arrived(detached, residuals))
         return None

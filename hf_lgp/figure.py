@@ -22,7 +22,7 @@ def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLi
         path: Where the image goes; the suffix says in which format. Replaced in one go if there is one already.
 
     Returns:
-        Whether a figure was drawn: not without matplotlib, nor from a log in which nothing was predicted.
+        Whether a figure was drawn: not without matplotlib, nor from a log without readings.
 
     Raises:
         OSError: If the file cannot be written.

@@ -133,7 +133,9 @@ class Observer:
         chosen = self.current.chosen
         count = self.current.controls if isinstance(chosen, slice) else len(chosen)
         count = min(count, self.examples)
-        self._moving = self.controller.moves_bases(self.predictor.ready) and count >= 2
+        self._moving = (
+            self.controller.moves_bases(self.predictor.ready, self.predictor.regression.fitted) and count >= 2
+        )
         self.capture.arm(
             self._coordinates[:count], self.current.controls, chosen, self._use_for_bases if self._moving else None
         )
@@ -171,13 +173,16 @@ class Observer:
 
     def learn(self) -> None:
         """Let the predictor learn from the micro-batch just observed; call once its backward pass is done."""
-        observation = self.current
-        if observation is None:
-            return
-        if self.watching and observation.features is not None and observation.pullbacks is not None:
+        observation, ready = self.current, self.predictor.ready
+        if (
+            observation is not None
+            and self.watching
+            and observation.features is not None
+            and observation.pullbacks is not None
+        ):
             self._take(observation, observation.features, observation.pullbacks)
         self.current = self.loss_scale = None
-        self.controller.advance(self.predictor.ready)
+        self.controller.advance(ready)
         queue_full = self.predictor.waiting + self.examples * self.exchange.processes > self.predictor.queue
         if self.predictor.waiting and self.controller.refit_due(
             self.predictor.remembered, self.predictor.regression.fitted, queue_full

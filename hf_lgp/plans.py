@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .estimator import relative_variance
+from .estimator import control_size, relative_variance
 
 
 @dataclass(frozen=True, order=True)
@@ -40,15 +40,28 @@ HYSTERESIS = 0.97
 """A plan is left only for one whose price is lower by this factor: prices are measured, and every change costs a little."""
 
 
-def price_of(plan: Plan, cost: float, rho2: float) -> float:
+def variance_of(plan: Plan, rho2: float, examples: int = 0) -> float:
+    """Variance of a plan's gradient over that of the exact one.
+
+    Args:
+        plan: The plan.
+        rho2: Share of the gradient's variance that its predictions explain.
+        examples: Size of the micro-batch, whose control examples are a whole number; 0 for any.
+    """
+    fraction = control_size(examples, plan.fraction) / examples if examples else plan.fraction
+    return relative_variance(fraction, rho2)
+
+
+def price_of(plan: Plan, cost: float, rho2: float, examples: int = 0) -> float:
     """Price of a plan: variance times cost, both relative to exact training.
 
     Args:
         plan: The plan.
         cost: Time of its step over that of an exact step.
         rho2: Share of the gradient's variance that its predictions explain.
+        examples: Size of the micro-batch; 0 for any.
     """
-    return 1.0 if plan.exact else cost * relative_variance(plan.fraction, rho2)
+    return 1.0 if plan.exact else cost * variance_of(plan, rho2, examples)
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ def choose(
     costs: Mapping[Plan, float],
     rho2: Mapping[bool, Explained],
     budget: float,
+    examples: int = 0,
 ) -> Plan:
     """The plan of least price within the variance budget, the current one unless another is clearly better.
 
@@ -80,13 +94,15 @@ def choose(
         rho2: Shares of variance explained, without and with the regression.
         budget: Largest variance of the gradient in any part of the model, relative to the exact gradient's there; exact training keeps
             to any budget.
+        examples: Size of the micro-batch; 0 for any.
     """
     prices = {
-        plan: price_of(plan, costs[plan], rho2[plan.ridge].overall)
+        plan: price_of(plan, costs[plan], rho2[plan.ridge].overall, examples)
         for plan in candidates
-        if relative_variance(plan.fraction, rho2[plan.ridge].worst) <= budget
+        # The budget is a little wider for the present plan: what is worst is read off noisy figures.
+        if HYSTERESIS ** (plan == current) * variance_of(plan, rho2[plan.ridge].worst, examples) <= budget
     }
     prices[EXACT] = 1.0
     best = min(prices, key=lambda plan: prices[plan])
-    stays = current in prices and prices[best] > HYSTERESIS * prices[current]
+    stays = prices.get(current, 2.0) <= 1.0 and prices[best] > HYSTERESIS * prices[current]
     return current if stays else best

@@ -57,10 +57,10 @@ class PredictionPass:
             return None
         product_dtype = _product_dtype(hidden)
         rows = slice(0, len(hidden)) if self.path is None else self.path.armed
-        with torch.autocast(hidden.device.type, enabled=False):
-            blocks = [FoldedBlock(block, product_dtype) for block in self.backbone.blocks[:-1]]
-        start, entering = rows.start, []
-        for part in _parts(hidden):
+        parts, start, entering = _parts(hidden), rows.start, []
+        folded = (FoldedBlock(block, product_dtype) for block in self.backbone.blocks[:-1])
+        blocks = folded if len(parts) == 1 else list(folded)  # one at a time if none is needed twice
+        for part in parts:
             if self.path is not None:
                 self.path.arm(slice(start, start + len(part)))
             start += len(part)
@@ -70,13 +70,13 @@ class PredictionPass:
         row = self._through_last(entering, rows).to(hidden.dtype)
         return row if norm is None else F.layer_norm(row, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-    def _before_last(self, hidden: Tensor, blocks: Sequence[FoldedBlock]) -> BlockRows | None:
+    def _before_last(self, hidden: Tensor, blocks: Iterable[FoldedBlock]) -> BlockRows | None:
         """What the last block's class row needs, from the first block's input, shape ``(b, T, D)``; None if the path has noted it."""
         for index, block in enumerate(blocks):
             normalised = _normalise(hidden, block.eps_before) if self.path is None else self.path.note(index, hidden)
             hidden = block.forward(hidden, normalised)
         if self.path is not None:
-            self.path.note(len(blocks), hidden)
+            self.path.note(len(self.backbone.blocks) - 1, hidden)
             return None
         others = _normalise(hidden[:, 1:], self.backbone.blocks[-1].norm_before.eps).to(compute_dtype(hidden))
         return BlockRows(hidden[:, :1].to(torch.promote_types(hidden.dtype, torch.float32)), others)
@@ -112,6 +112,11 @@ class FoldedBlock:
         self.eps_before, self._eps_after = block.norm_before.eps, block.norm_after.eps
         self._heads, self._activation, self._dtype = block.heads, block.activation, dtype
         self._width = block.query.out_features
+        with torch.autocast(block.query.weight.device.type, enabled=False):
+            self._fold(block)
+
+    def _fold(self, block: AttentionBlock) -> None:
+        dtype = self._dtype
         before, after = block.norm_before, block.norm_after
         query, key, value = (_behind(before, layer) for layer in (block.query, block.key, block.value))
         scaled = [part * block.scaling for part in query]
@@ -140,8 +145,10 @@ class FoldedBlock:
 
 def _behind(norm: nn.LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer and the affine map of the norm before it in one."""
-    bias = layer.weight @ norm.bias
-    return layer.weight * norm.weight, bias if layer.bias is None else bias + layer.bias
+    wide = torch.promote_types(torch.promote_types(layer.weight.dtype, norm.weight.dtype), torch.float32)
+    weight = layer.weight.to(wide)
+    bias = weight @ norm.bias.to(wide)
+    return weight * norm.weight.to(wide), bias if layer.bias is None else bias + layer.bias
 
 
 def _before(scale: Tensor | None, layer: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .engine import LGPEngine
-from .plans import Plan, price_of
+from .plans import EXACT, Plan, price_of
 from .rules import part_name
 from .settings import LGPSettings
 from .trainer import LGPTrainer
 from .training_args import LGPTrainingArguments
 
-_TRIAL_STEPS = 40
-"""Micro-batches with predictions: a review of the plan lies within."""
+_TRIAL_STEPS = 100
+"""Micro-batches with predictions at most; it ends as soon as they are timed."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ class _Probing(LGPTrainer):
             self._trial = True
             if engine.controller.plan.exact:
                 engine.controller.plan = Plan(0.25, ridge=engine.path is None)
+        if self._trial and engine is not None and engine.controller.costs.timed:
+            self.control.should_training_stop = True
         self._unit = max(v.numel() for v in inputs.values() if isinstance(v, Tensor))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _lgp_close(self) -> None:
-        if self._lgp_engine is not None and self._trial:
+        if self._lgp_engine is not None and self._trial and not self._lgp_exhausted and sys.exc_info()[0] is None:
             self._lgp_engine.review.now()
             names = {id(p): name for name, p in self._lgp_model.named_parameters()}
             self.report = _report(self._lgp_engine, names, self._unit)
@@ -116,7 +119,7 @@ class _Probing(LGPTrainer):
 def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     controller, predictor = engine.controller, engine.predictor
     tried = next(iter(controller.costs.timed), Plan(0.25, ridge=engine.path is None))
-    controller.plan = tried
+    controller.plan = EXACT  # no bonus for having been tried
     plan = controller.best()
     shown = tried if plan.exact else plan
     cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].overall
@@ -132,7 +135,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
         kappa=kappa,
         rho2=rho2,
         rho2_by_block={name: sum(values) / len(values) for name, values in blocks.items()},
-        exact_seconds=(controller.costs.seconds(Plan(1.0)) or math.nan) * unit,
+        exact_seconds=(controller.costs.seconds(EXACT) or math.nan) * unit,
         memory_mib=sum(t.numel() * t.element_size() for t in predictor.state_dict().values()) / 2**20,
         coverage=engine.coverage,
         on_path=engine.path is not None,
@@ -168,7 +171,8 @@ def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None,
 
 
 def _trial_arguments(args: TrainingArguments | None, folder: str) -> LGPTrainingArguments:
-    given = {} if args is None else {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+    known = {f.name for f in fields(LGPTrainingArguments) if f.init}
+    given = {} if args is None else {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
     settings = LGPSettings.from_arguments(args)
     examples = given.get("per_device_train_batch_size", 8)
     watched = min(examples, settings.observe_examples)

@@ -51,9 +51,13 @@ class Review:
             self._review()
 
     def begin(self, ready: bool, examples: int, size: int) -> None:
-        """Begin a micro-batch of ``examples`` examples and ``size`` units of work, with a review if one is due."""
+        """Begin a micro-batch of ``examples`` examples and ``size`` units of work, with a review if one is due.
+
+        The one before it is timed up to here, optimizer and data loader included, unless it was interrupted.
+        """
         if not self.controller.automatic:
             return
+        self.end()
         if self.controller.review_due(ready):
             self._review()
         plan = self.controller.label(ready, examples)
@@ -61,16 +65,19 @@ class Review:
         self.stopwatch.start()
 
     def end(self) -> None:
-        """End the micro-batch."""
+        """End the present micro-batch, if it has not ended yet: what comes now is no part of it."""
         if self._label is not None:
             self.stopwatch.stop(self._label, self._label[1])
+        self._label = None
+
+    def interrupt(self) -> None:
+        """Do not time the present micro-batch: something else was done since it began."""
+        self._label = None
 
     def _review(self) -> None:
         taken = self.stopwatch.collect()
         seconds = torch.tensor([s for _, s in taken], dtype=torch.float64).to(self.device, non_blocking=True)
-        shares = torch.stack([self.alignment.path_rho2, self.alignment.rho2])
-        overall, *parts = self.weights.to(seconds.dtype) @ shares.to(seconds.dtype).T
-        values = torch.cat([overall, torch.stack(parts).amin(0), seconds])
+        values = torch.cat([*self._explained(), seconds])
         self.exchange.average([values])
         staged: Any = ([label for label, _ in taken], values.to("cpu", non_blocking=True), None)
         if self.device.type == "cuda":
@@ -87,6 +94,19 @@ class Review:
         readings = [(plan, size, mean) for (plan, size), mean in zip(labels, means, strict=True)]
         self.controller.review(readings, (Explained(path, path_worst), Explained(both, both_worst)))
         self.reviews += 1
+
+    def _explained(self) -> tuple[Tensor, Tensor]:
+        """Shares explained without and with the regression, overall and in the worst part, shape ``(2,)`` each.
+
+        A tensor in which no gradient was seen yet, because the model does not use it, counts for nothing.
+        """
+        shares = torch.stack([self.alignment.path_rho2, self.alignment.rho2]).to(self.weights)
+        seen = (self.alignment.variance > 0).to(self.weights)
+        used = 1.0 - self.weights @ (1.0 - seen)
+        parts = (self.weights * seen) @ shares.T / used.clamp(min=1e-9)[:, None]
+        parts = torch.where(used[:, None] > 1e-9, parts, torch.ones_like(parts))
+        overall = torch.where(seen.any(), parts[0], torch.zeros_like(parts[0]))
+        return overall, torch.minimum(overall, parts[1:].amin(0))
 
     def state_dict(self) -> list[list[float]]:
         """What was timed since the last review, one row per micro-batch: fraction, ridge, size, seconds."""
@@ -109,8 +129,8 @@ class Review:
         cost, rest = controller.costs.relative(plan), 1.0 - plan.fraction
         return {
             **figures,
-            "rho2_weighted": controller.rho2[plan.ridge].overall,
-            "rho2_worst": controller.rho2[plan.ridge].worst,
+            "rho2_weighted": controller.explained.overall,
+            "rho2_worst": controller.explained.worst,
             "cost": cost,
             "kappa": (cost - plan.fraction) / rest if rest > 0.0 else 0.0,
             "overhead": cost - plan.fraction - rest * _IDEAL_PREDICTION,

@@ -36,7 +36,7 @@ class LGPSettings:
     """
 
     control_fraction: float = 0.0
-    variance_budget: float = 1.25
+    variance_budget: float = 1.5
     window: int = 2048
     rank: int = 16
     kernel: Kernel = "rbf"
@@ -54,7 +54,7 @@ class LGPSettings:
     def __post_init__(self) -> None:
         if not 0.0 <= self.control_fraction <= 1.0:
             raise ValueError(
-                f"`lgp_control_fraction` must lie in (0, 1], got {self.control_fraction}. Use 1 for plain, exact training, 0 to "
+                f"`lgp_control_fraction` must lie in [0, 1], got {self.control_fraction}. Use 1 for plain, exact training, 0 to "
                 "have it chosen."
             )
         if self.variance_budget != 0.0 and not self.variance_budget > 1.0:

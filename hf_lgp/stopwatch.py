@@ -12,6 +12,10 @@ _IN_FLIGHT = 4
 """Pieces of work that a GPU may still be busy with; a fixed number, so that all processes collect the same."""
 
 
+_KEPT = 512
+"""Pieces of work that are kept for whoever collects them; older ones are forgotten."""
+
+
 class Stopwatch:
     """Durations of labelled pieces of work, to be collected later.
 
@@ -39,7 +43,7 @@ class Stopwatch:
             size: How much of it: durations are given for one unit.
         """
         if self._began is not None:
-            self._taken.append((label, size, self._began, self._now()))
+            self._taken = [*self._taken[-_KEPT:], (label, size, self._began, self._now())]
         self._began = None
 
     def collect(self) -> list[tuple[Hashable, float]]:

@@ -70,7 +70,7 @@ class LGPTrainer(Trainer):
         """Train as ``Trainer.train`` does, with the same arguments and result; hooks are gone from the model afterwards."""
         self._lgp_validate()
         self._lgp_steps = {"exact": 0, "predicted": 0}
-        self._lgp_exhausted = False
+        self._lgp_exhausted, self._lgp_nonfinite_seen = False, 0.0
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -147,7 +147,7 @@ class LGPTrainer(Trainer):
             try:
                 engine.load_state_dict(*self._lgp_restored)
                 self._lgp_nonfinite_seen = float(self._lgp_restored[0]["nonfinite"])
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 logger.warning(f"The checkpoint's LGP state does not fit ({error}): the predictor starts afresh.")
             self._lgp_restored = None
         return engine
@@ -192,7 +192,8 @@ class LGPTrainer(Trainer):
         with self._lgp_sparing_memory():
             if engine.apart and engine.observer.watching and not self._lgp_exhausted:
                 self._lgp_observe(inputs, examples, seed)
-            engine.finish()
+            if not self._lgp_exhausted:
+                engine.finish()
         return loss
 
     @contextmanager
@@ -280,6 +281,9 @@ class LGPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as ``Trainer`` does, with ``lgp_*`` readings beside every training loss and at the end, where a line sums them up."""
         ended = "train_runtime" in logs
+        if self._lgp_engine is not None:  # neither logging nor an evaluation is part of a training step
+            end = self._lgp_engine.review.end if "loss" in logs else self._lgp_engine.review.interrupt
+            end()
         if self._lgp_engine is not None and ("loss" in logs or ended):
             if ended:
                 self._lgp_engine.review.now()
@@ -297,7 +301,9 @@ class LGPTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card as ``Trainer`` does, with a section on what predicted gradients did in this run."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self.args.output_dir is not None:
+        if not self.is_world_process_zero() or self.args.output_dir is None:
+            return
+        try:
             extend_card(
                 self.args.output_dir,
                 self.state.log_history,
@@ -306,6 +312,8 @@ class LGPTrainer(Trainer):
                 source=self.hub_model_id,
                 dataset=kwargs.get("dataset"),
             )
+        except Exception as error:  # a card is no reason to lose a push
+            logger.warning(f"The model card says nothing of predicted gradients: {error}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._lgp_loading = resume_from_checkpoint
@@ -322,6 +330,8 @@ class LGPTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self._lgp_engine is not None:
+            self._lgp_engine.review.interrupt()
         if self._lgp_engine is None or not self.args.should_save:
             return
         tensors, counters = self._lgp_engine.state_dict()

@@ -15,8 +15,8 @@ from hf_lgp.settings import LGPSettings
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("control_fraction", -0.1, r"`lgp_control_fraction` must lie in \(0, 1\], got -0.1. Use 1 for plain"),
-        ("control_fraction", 1.5, r"`lgp_control_fraction` must lie in \(0, 1\], got 1.5"),
+        ("control_fraction", -0.1, r"`lgp_control_fraction` must lie in \[0, 1\], got -0.1. Use 1 for plain"),
+        ("control_fraction", 1.5, r"`lgp_control_fraction` must lie in \[0, 1\], got 1.5"),
         ("control_fraction", math.nan, r"`lgp_control_fraction`"),
         ("variance_budget", 1.0, "`lgp_variance_budget` must exceed 1, .* got 1.0. Use `lgp_control_fraction=1`"),
         ("variance_budget", math.nan, "`lgp_variance_budget` must exceed 1"),
