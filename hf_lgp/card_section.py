@@ -73,7 +73,10 @@ def section(
         shifted = [
             {**entry, "lgp_fraction": earlier["lgp_fraction"]} for earlier, entry in zip(before, readings, strict=True)
         ]
-        parts += [_phase_table(phases([entry for entry in shifted if "train_runtime" not in entry])), _summary(readings)]
+        parts += [
+            _phase_table(phases([entry for entry in shifted if "train_runtime" not in entry])),
+            _summary(readings),
+        ]
     elif settings.control_fraction == 1.0:
         parts.append("In this run every gradient was exact: the control fraction was 1.")
     else:

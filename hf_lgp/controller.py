@@ -37,7 +37,14 @@ _SETTLING_STEPS = 2
 """Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
 
 _LOOKING_SHARE = 0.004
-"""Share of the time that may go into observing while every step is exact."""
+"""Share of the time that goes into observing while every step is exact, in a long run."""
+
+_FIRST_LOOK = 16
+"""Micro-batches after the predictor was ready that an exact one is observed, and after twice, four times, ... as many: predictions
+may become good soon."""
+
+_TRIAL_STEPS = 14
+"""Micro-batches after which a plan that was never timed is reviewed: it may turn out dear."""
 
 
 class Controller:
@@ -64,7 +71,7 @@ class Controller:
         self.saved = 0.0
         self._unaccounted: list[tuple[Plan, float, float]] = []
         self._since_fit = 0
-        self._ready_at = -1
+        self._ready_at = self._trial_ends = -1
         self._settling = 0
         self._last = self._usual = 0
         self.follow(on_path)
@@ -96,12 +103,14 @@ class Controller:
         if not ready:
             return True
         if self.automatic and self.now(ready).exact:
-            return self.plan.exact and not self._calibrating(ready) and self.seen % self._looking_steps() == 0
+            return self.plan.exact and not self._calibrating(ready) and self._looks()
         return self.measures(ready) or self.seen % self.settings.observe_steps == 0
 
-    def _looking_steps(self) -> int:
-        """Micro-batches between two observed ones while every step is exact: as rare as their cost demands."""
-        return _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / _LOOKING_SHARE / _REVIEW_STEPS))
+    def _looks(self) -> bool:
+        """Whether to observe an exact micro-batch: more and more rarely, in the end as rarely as the cost demands."""
+        since = self.seen - self._ready_at
+        steps = _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / _LOOKING_SHARE / _REVIEW_STEPS))
+        return since % steps == 0 or (since >= _FIRST_LOOK and since.bit_count() == 1)
 
     def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
         """Whether this micro-batch, if it is observed, contributes to the bases.
@@ -169,7 +178,7 @@ class Controller:
         if not self.automatic or not ready or self._ready_at < 0:
             return False
         since = self.seen - self._ready_at - _CALIBRATING_STEPS
-        return since >= 0 and since % _REVIEW_STEPS == 0
+        return self.seen == self._trial_ends or (since >= 0 and since % _REVIEW_STEPS == 0)
 
     def review(self, readings: Sequence[tuple[Plan, float, float]], rho2: tuple[Explained, Explained]) -> bool:
         """Choose a plan.
@@ -192,6 +201,8 @@ class Controller:
         changed = chosen != self.plan
         if changed:
             self.plan, self._settling = chosen, _SETTLING_STEPS
+            if not chosen.exact and chosen not in self.costs.timed:
+                self._trial_ends = self.seen + _TRIAL_STEPS
         return changed
 
     def best(self) -> Plan:
@@ -206,7 +217,7 @@ class Controller:
     @property
     def price(self) -> float:
         """Price of the present plan by the figures of the last review; plain training has price 1."""
-        return price_of(self.plan, self.costs.relative(self.plan), self.explained.overall, self._usual)
+        return price_of(self.plan, self.costs.relative(self.plan), self.explained.share, self._usual)
 
     @property
     def explained(self) -> Explained:
@@ -221,6 +232,7 @@ class Controller:
             "seen": self.seen,
             "since_fit": self._since_fit,
             "ready_at": self._ready_at,
+            "trial_ends": self._trial_ends,
             "plan": [self.plan.fraction, self.plan.ridge],
             "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
@@ -232,6 +244,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; a plan that was chosen by price gives way to a fixed one."""
         self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
+        self._trial_ends = state["trial_ends"]
         if self.automatic:
             self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]) or not self.on_path)
             if self.plan.exact:

@@ -17,7 +17,7 @@ _KEPT = 48
 _KEPT_EXACT = 16
 """The same of exact steps, which are all alike: few, so that they tell of the machine as it is now."""
 
-_ENOUGH = 12
+_ENOUGH = 10
 """Readings that make a plan known."""
 
 _OUTLIER = 5.0

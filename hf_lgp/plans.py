@@ -76,6 +76,11 @@ class Explained:
     overall: float = 0.0
     worst: float = 0.0
 
+    @property
+    def share(self) -> float:
+        """The share that counts: half of it the worst part's, on which early progress hangs."""
+        return 0.5 * (self.overall + self.worst)
+
 
 def choose(
     current: Plan,
@@ -92,15 +97,14 @@ def choose(
         candidates: Plans to choose from besides exact training.
         costs: Cost of each candidate relative to an exact step.
         rho2: Shares of variance explained, without and with the regression.
-        budget: Largest variance of the gradient in any part of the model, relative to the exact gradient's there; exact training keeps
-            to any budget.
+        budget: Largest variance of the gradient relative to the exact one; exact training keeps to any budget.
         examples: Size of the micro-batch; 0 for any.
     """
     prices = {
-        plan: price_of(plan, costs[plan], rho2[plan.ridge].overall, examples)
+        plan: price_of(plan, costs[plan], rho2[plan.ridge].share, examples)
         for plan in candidates
-        # The budget is a little wider for the present plan: what is worst is read off noisy figures.
-        if HYSTERESIS ** (plan == current) * variance_of(plan, rho2[plan.ridge].worst, examples) <= budget
+        # The budget is a little wider for the present plan, since the figures are noisy.
+        if HYSTERESIS ** (plan == current) * variance_of(plan, rho2[plan.ridge].share, examples) <= budget
     }
     prices[EXACT] = 1.0
     best = min(prices, key=lambda plan: prices[plan])

@@ -41,7 +41,7 @@ class ProbeReport:
         price: Its variance times its cost, relative to exact training, whose price is 1.
         cost: Time of its step over that of an exact step.
         kappa: Cost of one prediction, all overhead included, in exact examples.
-        rho2: Share of the gradient's variance that predictions explain, weighted by parameters.
+        rho2: Share of the gradient's variance that predictions explain, half of it that in the worst part.
         rho2_by_block: The same by part of the model, mean over its tensors.
         exact_seconds: Time of an exact micro-batch.
         memory_mib: Memory of the predictor's window and bases.
@@ -122,7 +122,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     controller.plan = EXACT  # no bonus for having been tried
     plan = controller.best()
     shown = tried if plan.exact else plan
-    cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].overall
+    cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].share
     kappa = (controller.costs.relative(shown) - shown.fraction) / (1.0 - shown.fraction)
     explained = (predictor.alignment.rho2 if shown.ridge else predictor.alignment.path_rho2).tolist()
     blocks: dict[str, list[float]] = {}
@@ -130,7 +130,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
         blocks.setdefault(part_name(names[id(rule.parameters[0])]), []).append(value)
     return ProbeReport(
         plan=plan,
-        price=price_of(plan, cost, controller.rho2[plan.ridge].overall),
+        price=price_of(plan, cost, controller.rho2[plan.ridge].share),
         cost=cost,
         kappa=kappa,
         rho2=rho2,

@@ -14,8 +14,8 @@ class LGPSettings:
     Attributes:
         control_fraction: Share ``f`` of every micro-batch that gets exact gradients, in (0, 1]; 1 is plain training, 0 chooses by
             measured price, exact steps included.
-        variance_budget: Largest variance of the gradient in any block or the embeddings, relative to the exact gradient's there, that
-            an automatic control fraction may cause; 0 for no limit.
+        variance_budget: Largest variance of the gradient, relative to the exact one, that an automatic control fraction may cause; 0
+            for no limit.
         window: Number of recent exact examples the regression is fitted on.
         rank: Basis vectors per side of a weight matrix's factored coordinates.
         kernel: ``"linear"`` or ``"rbf"``.

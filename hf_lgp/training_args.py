@@ -29,7 +29,7 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_variance_budget: float = field(
         default=1.5,
         metadata={
-            "help": "Largest variance of the gradient in any part of the model, relative to the exact one, that the automatic choice may cause. 0: no limit."
+            "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause. 0: no limit."
         },
     )
     lgp_window: int = field(

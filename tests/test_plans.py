@@ -37,12 +37,12 @@ def test_the_choice(
     chosen = choose(current, PLANS, cost, rho2, budget)
 
     def price(plan: Plan) -> float:
-        return price_of(plan, cost.get(plan, 1.0), rho2[plan.ridge].overall)
+        return price_of(plan, cost.get(plan, 1.0), rho2[plan.ridge].share)
 
     def wide(plan: Plan) -> float:
         return budget / HYSTERESIS if plan == current else budget
 
-    allowed = [EXACT, *(p for p in PLANS if relative_variance(p.fraction, rho2[p.ridge].worst) <= wide(p))]
+    allowed = [EXACT, *(p for p in PLANS if relative_variance(p.fraction, rho2[p.ridge].share) <= wide(p))]
     assert chosen in allowed, "the budget is kept"
     assert HYSTERESIS * price(chosen) <= min(price(plan) for plan in allowed) * (1 + 1e-12)
     if chosen != current and current in allowed and price(current) <= 1.0:
