@@ -83,6 +83,7 @@ class PathAlone(LGPTrainer):
 ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "trainer": (Trainer, {}),
     "lgp": (LGPTrainer, {}),
+    "lgp-longer": (LGPTrainer, {}),
     "f=0.5": (LGPTrainer, {"lgp_control_fraction": 0.5}),
     "f=0.25": (LGPTrainer, {"lgp_control_fraction": 0.25}),
     "f=0.125": (LGPTrainer, {"lgp_control_fraction": 0.125}),
@@ -91,3 +92,6 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "constant": (Constant, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),
     "label-only": (LabelOnly, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),
 }
+
+EPOCHS: dict[str, float] = {"lgp-longer": 1.3}
+"""Arms that train for so many times the epochs of the others, on a schedule stretched alike: their steps are cheaper."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_arms import ARMS
+from accuracy_arms import ARMS, EPOCHS
 from accuracy_summary import draw, summarise
 from accuracy_tasks import Task, finetune, scratch, scratch_folder, training_arguments
 from common import RESULTS, VITS, BatchAugmented, Positions, environment, write_json
@@ -105,7 +105,7 @@ def peak_memory(device: torch.device) -> float:
 def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> dict[str, Any]:
     """One training run, in this process."""
     kind, settings = ARMS[arm]
-    steps = int(options.epochs * (len(task.train[0]) // options.batch))
+    steps = int(EPOCHS.get(arm, 1.0) * options.epochs * (len(task.train[0]) // options.batch))
     arguments = training_arguments(
         options,
         seed,
