@@ -108,6 +108,9 @@ class _Probing(LGPTrainer):
         self._unit = max(v.numel() for v in inputs.values() if isinstance(v, Tensor))
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: a probe has its report."""
+
     def _lgp_close(self) -> None:
         if self._lgp_engine is not None and self._trial and not self._lgp_exhausted and sys.exc_info()[0] is None:
             self._lgp_engine.review.now()

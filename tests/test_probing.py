@@ -92,6 +92,7 @@ def test_the_command_probes_any_script(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["probe", str(script), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "expected price" in printed and "trained" not in printed and "caught" not in printed
+    assert "LGP:" not in printed and "train_runtime" not in printed
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
