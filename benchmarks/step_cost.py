@@ -189,8 +189,8 @@ def measure(
             lgp_control_fraction=fraction,
             **settings,
         )
-        warmup = -(-args.lgp_warmup_examples // min(batch, args.lgp_observe_examples)) + 4
         chosen = LGPSettings.from_arguments(args).resolved(args.lgp_class_path)
+        warmup = -(-chosen.warmup_examples // min(batch, args.lgp_observe_examples)) + 4
         args.max_steps = warmup + (cycles + 2) * chosen.basis_steps
         last = ProfileLastCycle(args.max_steps - chosen.basis_steps)
         data = RandomImages(VITS[vit]["image_size"])

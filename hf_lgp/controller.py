@@ -12,7 +12,7 @@ from typing import Any
 
 from .costs import OBSERVED, Costs
 from .estimator import control_size
-from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of
+from .plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_of
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
@@ -38,6 +38,9 @@ _SETTLING_STEPS = 2
 
 _LOOKING_SHARE = 0.004
 """Share of the time that goes into observing while every step is exact, in a long run."""
+
+_HOPELESS_SHARE = 0.0004
+"""The same where no prediction, however good, would pay for its time: only the machine can change that."""
 
 _FIRST_LOOK = 16
 """Micro-batches after the predictor was ready that an exact one is observed, and after twice, four times, ... as many: predictions
@@ -75,6 +78,7 @@ class Controller:
         self._settling = 0
         self._last = self._usual = 0
         self.follow(on_path)
+        self._schedule_looks()
 
     def follow(self, on_path: bool) -> None:
         """Start over with or without the class path."""
@@ -109,8 +113,15 @@ class Controller:
     def _looks(self) -> bool:
         """Whether to observe an exact micro-batch: more and more rarely, in the end as rarely as the cost demands."""
         since = self.seen - self._ready_at
-        steps = _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / _LOOKING_SHARE / _REVIEW_STEPS))
-        return since % steps == 0 or (since >= _FIRST_LOOK and since.bit_count() == 1)
+        early = since >= _FIRST_LOOK and since.bit_count() == 1 and not self._hopeless
+        return early or since % self._look_steps == 0
+
+    def _schedule_looks(self) -> None:
+        """Decide from what was timed how often to look while every step is exact."""
+        timed = bool(self.costs.timed)
+        self._hopeless = timed and min(map(self.costs.relative, self._candidates())) > HYSTERESIS
+        share = _HOPELESS_SHARE if self._hopeless else _LOOKING_SHARE
+        self._look_steps = _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / share / _REVIEW_STEPS))
 
     def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
         """Whether this micro-batch, if it is observed, contributes to the bases.
@@ -197,6 +208,7 @@ class Controller:
             self.saved += sum(size * (exact - seconds) for _, size, seconds in self._unaccounted)
             self._unaccounted.clear()
         self.rho2 = dict(zip((False, True), rho2, strict=True))
+        self._schedule_looks()
         chosen = self.best()
         changed = chosen != self.plan
         if changed:
@@ -205,11 +217,15 @@ class Controller:
                 self._trial_ends = self.seen + _TRIAL_STEPS
         return changed
 
-    def best(self) -> Plan:
-        """The plan to follow by the figures of the last review: the present one unless another is clearly better."""
+    def _candidates(self) -> list[Plan]:
+        """Plans to choose from besides exact training."""
         # With a single control example nothing could be measured any more.
         fractions = [f for f in self.fractions if not self._usual or control_size(self._usual, f) >= 2]
-        candidates = [Plan(f, ridge) for f in fractions for ridge in ((False, True) if self.on_path else (True,))]
+        return [Plan(f, ridge) for f in fractions for ridge in ((False, True) if self.on_path else (True,))]
+
+    def best(self) -> Plan:
+        """The plan to follow by the figures of the last review: the present one unless another is clearly better."""
+        candidates = self._candidates()
         costs = {plan: self.costs.relative(plan) for plan in candidates}
         budget = self.settings.variance_budget or math.inf
         return choose(self.plan, candidates, costs, self.rho2, budget, self._usual)
@@ -253,3 +269,4 @@ class Controller:
         self.saved, self._settling = state["saved"], state["settling"]
         self._last, self._usual = state["sizes"]
         self.costs.load_state_dict(state["costs"])
+        self._schedule_looks()

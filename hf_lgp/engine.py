@@ -94,7 +94,8 @@ class LGPEngine:
             # Room for what comes in between two fits, and for what the first fit waits for.
             queue=max(
                 gathered * -(-settings.refit_steps // settings.observe_steps),
-                settings.warmup_examples + gathered,
+                # The path may turn out not to be followed.
+                max(settings.warmup_examples, self._given.resolved(on_path=False).warmup_examples) + gathered,
             ),
             kernel=settings.kernel,
             ridge=settings.ridge,

@@ -176,7 +176,7 @@ def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None,
 def _trial_arguments(args: TrainingArguments | None, folder: str) -> LGPTrainingArguments:
     known = {f.name for f in fields(LGPTrainingArguments) if f.init}
     given = {} if args is None else {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
-    settings = LGPSettings.from_arguments(args)
+    settings = LGPSettings.from_arguments(args).resolved(on_path=False)  # the longer warm-up of the two
     examples = given.get("per_device_train_batch_size", 8)
     watched = min(examples, settings.observe_examples)
     micro_batches = -(-settings.warmup_examples // watched) + 16 + _TRIAL_STEPS

@@ -21,7 +21,8 @@ class LGPSettings:
         kernel: ``"linear"`` or ``"rbf"``.
         ridge: Regularisation, relative to the kernel's mean diagonal.
         memory_steps: Micro-batches after which an exact example's say in predictions has faded to 1/e.
-        warmup_examples: Exact examples to gather before the first prediction; the steps until then are exact.
+        warmup_examples: Exact examples to gather before the first prediction, the steps until then being exact; 0 to choose: 128 where the
+            class path does most of the work and a fraction is chosen by what is measured, 512 otherwise, or the window if that is less.
         observe_examples: Largest number of exact examples observed per micro-batch.
         observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts; 0 to choose:
             8 where the class path does most of the work, 1 where the regression is alone.
@@ -42,7 +43,7 @@ class LGPSettings:
     kernel: Kernel = "rbf"
     ridge: float = 0.03
     memory_steps: int = 256
-    warmup_examples: int = 512
+    warmup_examples: int = 0
     observe_examples: int = 64
     observe_steps: int = 0
     refit_steps: int = 0
@@ -62,10 +63,10 @@ class LGPSettings:
                 f"`lgp_variance_budget` must exceed 1, the variance of exact training, got {self.variance_budget}. Use "
                 "`lgp_control_fraction=1` for that, or 0 for no limit."
             )
-        for name in ("window", "rank", "memory_steps", "warmup_examples"):
+        for name in ("window", "rank", "memory_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("observe_steps", "refit_steps", "basis_steps"):
+        for name in ("warmup_examples", "observe_steps", "refit_steps", "basis_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`lgp_{name}` must be at least 1, or 0 to choose, got {getattr(self, name)}.")
         if self.observe_examples < 2:
@@ -91,8 +92,10 @@ class LGPSettings:
             on_path: Whether the class path is followed.
         """
         observe, refit, basis = (8, 16, 16) if on_path else (1, 4, 12)
+        warmup = 128 if on_path and self.control_fraction == 0.0 else 512
         return replace(
             self,
+            warmup_examples=self.warmup_examples or min(warmup, self.window),
             observe_steps=self.observe_steps or observe,
             refit_steps=self.refit_steps or refit,
             basis_steps=self.basis_steps or basis,

@@ -51,8 +51,11 @@ class LGPTrainingArguments(TrainingArguments):
         metadata={"help": "Micro-batches after which an exact example's say in predictions has faded to 1/e."},
     )
     lgp_warmup_examples: int = field(
-        default=512,
-        metadata={"help": "Exact examples to gather before the first prediction; steps until then are exact."},
+        default=0,
+        metadata={
+            "help": "Exact examples to gather before the first prediction; steps until then are exact. "
+            "0: 128 with the class path and an automatic fraction, 512 otherwise."
+        },
     )
     lgp_observe_examples: int = field(
         default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}

@@ -238,6 +238,23 @@ def test_while_exact_it_looks_as_rarely_as_looking_is_dear(observed: float, most
     assert rare * (observed - 1.0) <= 0.005 * 1024
 
 
+def test_where_no_prediction_can_pay_it_hardly_looks() -> None:
+    looks = []
+    for cost in (0.6, 1.2):
+        decisions = automatic()
+        until_review(decisions)
+        decisions.review(readings((EXACT, 1.0), (OBSERVED, 1.5)), explained(0.95, 0.95))
+        # Every plan was tried and found as dear as that; then nothing is explained any more.
+        tried = [(Plan(fraction, ridge), cost) for fraction in decisions.fractions for ridge in (False, True)]
+        decisions.review(readings(*tried), explained(0.0, 0.0))
+        assert decisions.plan == EXACT
+        looks.append(0)
+        for _ in range(1024):
+            looks[-1] += decisions.observes(True)
+            decisions.advance(True)
+    assert looks[0] >= 7 and looks[1] == 0
+
+
 def test_smaller_micro_batches_than_usual_are_not_timed() -> None:
     decisions = automatic()
     assert decisions.label(False, 8) is not None

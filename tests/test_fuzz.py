@@ -36,7 +36,7 @@ _TOO_SMALL = {
         ("window", 0),
         ("rank", 0),
         ("memory_steps", 0),
-        ("warmup_examples", 0),
+        ("warmup_examples", -1),
         ("observe_examples", 1),
         ("observe_steps", -1),
         ("refit_steps", -1),

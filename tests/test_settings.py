@@ -22,7 +22,7 @@ from hf_lgp.settings import LGPSettings
         ("variance_budget", math.nan, "`lgp_variance_budget` must exceed 1"),
         ("window", 0, "`lgp_window` must be at least 1, got 0"),
         ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
-        ("warmup_examples", 0, "`lgp_warmup_examples` must be at least 1"),
+        ("warmup_examples", -1, "`lgp_warmup_examples` must be at least 1, or 0 to choose"),
         ("observe_steps", -1, "`lgp_observe_steps` must be at least 1, or 0 to choose"),
         ("refit_steps", -1, "`lgp_refit_steps` must be at least 1"),
         ("basis_steps", -2, "`lgp_basis_steps` must be at least 1"),
@@ -96,10 +96,13 @@ def test_every_setting_can_be_read_from_arguments() -> None:
 
 
 def test_zero_leaves_the_choice_to_whether_there_is_a_path() -> None:
-    def steps(settings: LGPSettings) -> tuple[int, int, int]:
-        return settings.observe_steps, settings.refit_steps, settings.basis_steps
+    def chosen(on_path: bool, **values: Any) -> tuple[int, ...]:
+        settings = LGPSettings(**values).resolved(on_path)
+        return settings.observe_steps, settings.refit_steps, settings.basis_steps, settings.warmup_examples
 
-    assert steps(LGPSettings().resolved(on_path=True)) == (8, 16, 16)
-    assert steps(LGPSettings().resolved(on_path=False)) == (1, 4, 12)
-    own = LGPSettings(observe_steps=3, refit_steps=5, basis_steps=7, rank=4)
+    assert chosen(True) == (8, 16, 16, 128)
+    assert chosen(True, control_fraction=0.25) == (8, 16, 16, 512)
+    assert chosen(False) == (1, 4, 12, 512)
+    assert chosen(True, window=100)[-1] == chosen(False, window=100)[-1] == 100
+    own = LGPSettings(observe_steps=3, refit_steps=5, basis_steps=7, warmup_examples=99, rank=4)
     assert own.resolved(on_path=True) == own.resolved(on_path=False) == own
