@@ -26,6 +26,10 @@ venv: $(STAMP) ## make the virtual environment with the tested versions
 demo: $(STAMP) ## train a small ViT on handwritten digits with LGPTrainer and evaluate it
 	$(PY) examples/train_vit.py --output_dir $(OUTPUT) $(DEMO)
 
+.PHONY: train
+train: $(STAMP) ## train on your own data: make train OUTPUT=outputs/mine ARGS="--train_dir images/train"
+	$(PY) examples/train_vit.py --output_dir $(OUTPUT) $(ARGS)
+
 .PHONY: test
 test: $(STAMP) ## run the test suite
 	$(PY) -m pytest
@@ -33,6 +37,18 @@ test: $(STAMP) ## run the test suite
 .PHONY: test-slow
 test-slow: $(STAMP) ## run the longer checks
 	$(PY) -m pytest -m slow
+
+.PHONY: package
+package: $(STAMP) ## build sdist and wheel and try them in an empty environment
+	VENV=$(VENV) PYTHON=$(PYTHON) bash .ci/package
+
+.PHONY: versions
+versions: ## run the suite on the oldest and the newest versions of what it needs
+	bash .ci/versions
+
+.PHONY: cards
+cards: $(STAMP) ## train the models of model_cards/ again: make cards CIFAR=folder
+	$(PY) model_cards/make_cards.py --cifar10 $(CIFAR)
 
 .PHONY: lint
 lint: $(STAMP) ## check style and formatting

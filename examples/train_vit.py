@@ -90,6 +90,10 @@ class ModelArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention: eager, sdpa, ... Default: transformers' choice. On a CPU in bf16 try eager."},
+    )
     trainer: Literal["lgp", "exact"] = field(
         default="lgp", metadata={"help": "lgp: LGPTrainer, with predicted gradients. exact: transformers.Trainer."}
     )
@@ -435,7 +439,11 @@ def build_model(
     if arguments.model_name_or_path:
         source: dict[str, Any] = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
         model = AutoModelForImageClassification.from_pretrained(
-            arguments.model_name_or_path, ignore_mismatched_sizes=new_head, **labels, **source
+            arguments.model_name_or_path,
+            ignore_mismatched_sizes=new_head,
+            attn_implementation=arguments.attn_implementation,
+            **labels,
+            **source,
         )
         return model, AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **source)
     image = arguments.image_size or min(224, max(first.size))
@@ -458,6 +466,7 @@ def build_model(
         intermediate_size=arguments.intermediate_size or 4 * arguments.hidden_size,
         hidden_dropout_prob=arguments.hidden_dropout_prob,
         attention_probs_dropout_prob=arguments.attention_probs_dropout_prob,
+        attn_implementation=arguments.attn_implementation,
         **labels,
     )
     return ViTForImageClassification(config), ViTImageProcessor(size={"height": image, "width": image})

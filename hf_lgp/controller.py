@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .costs import OBSERVED, Costs
+from .costs import OBSERVED, REHEARSED, Costs
 from .estimator import control_size
 from .plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_of
 from .settings import LGPSettings
@@ -21,8 +21,9 @@ _EAGER_BASIS_STEPS = 8
 _MEASURING_STEPS = 4
 """Predictions are compared with exact gradients at every so many micro-batches: coefficients change slowly."""
 
-_CALIBRATING_STEPS = 3
-"""Exact micro-batches, not observed, that are timed before the first choice."""
+_REHEARSAL = 4
+"""The micro-batch whose prediction is timed and thrown away, when some exact ones were timed: where that alone costs too much, nothing
+need be observed. Where it does, it is repeated after 64, 512, 4096, ... micro-batches: the machine may have been busy."""
 
 _REVIEW_STEPS = 32
 """Micro-batches between two choices of a plan: whole cycles of refits and basis moves at the default settings."""
@@ -46,8 +47,11 @@ _FIRST_LOOK = 16
 """Micro-batches after the predictor was ready that an exact one is observed, and after twice, four times, ... as many: predictions
 may become good soon."""
 
-_TRIAL_STEPS = 14
-"""Micro-batches after which a plan that was never timed is reviewed: it may turn out dear."""
+_TRIAL_STEPS = (7, 14)
+"""Micro-batches after which a plan that was never timed is reviewed: it may turn out dear, sooner if very much so."""
+
+_AWAKE = 4
+"""Exact micro-batches before a look that are timed; between looks, exact ones pass by without as much as a glance."""
 
 
 class Controller:
@@ -64,6 +68,7 @@ class Controller:
         costs: Measured times.
         rho2: Shares of variance explained without and with the regression, as of the last review.
         saved: Estimated seconds saved so far against exact training, negative for a loss.
+        insists: Whether to try predictions however dear they look, as a probe does.
     """
 
     def __init__(self, settings: LGPSettings, on_path: bool, fractions: Sequence[float] = FRACTIONS) -> None:
@@ -74,8 +79,10 @@ class Controller:
         self.saved = 0.0
         self._unaccounted: list[tuple[Plan, float, float]] = []
         self._since_fit = 0
-        self._ready_at = self._trial_ends = -1
+        self._ready_at = -1
+        self._due: list[int] = []
         self._settling = 0
+        self.insists = False
         self._last = self._usual = 0
         self.follow(on_path)
         self._schedule_looks()
@@ -92,34 +99,50 @@ class Controller:
 
     def now(self, ready: bool) -> Plan:
         """The plan of the next micro-batch: exact until the predictor is ready, and now and then to time exact steps."""
-        if not ready or self._calibrating(ready):
+        if not ready:
             return EXACT
         clean = self.seen % _CLEAN_STEPS == 0 or self.seen - self._ready_at in _EARLY_CLEAN_STEPS
-        return EXACT if self.automatic and clean else self.plan
-
-    def _calibrating(self, ready: bool) -> bool:
-        if not self.automatic or not ready:
-            return False
-        return self._ready_at < 0 or self.seen - self._ready_at < _CALIBRATING_STEPS
+        return EXACT if self.automatic and clean and self._ready_at >= 0 else self.plan
 
     def observes(self, ready: bool) -> bool:
         """Whether the predictor takes examples from this micro-batch."""
         if not ready:
-            return True
+            return not self.automatic or (self.seen > _REHEARSAL and not self._hopeless)
         if self.automatic and self.now(ready).exact:
-            return self.plan.exact and not self._calibrating(ready) and self._looks()
+            return self.plan.exact and self._until_look() == 0
         return self.measures(ready) or self.seen % self.settings.observe_steps == 0
 
-    def _looks(self) -> bool:
-        """Whether to observe an exact micro-batch: more and more rarely, in the end as rarely as the cost demands."""
-        since = self.seen - self._ready_at
-        early = since >= _FIRST_LOOK and since.bit_count() == 1 and not self._hopeless
-        return early or since % self._look_steps == 0
+    def rehearses(self, ready: bool) -> bool:
+        """Whether to time the prediction of this micro-batch, for no other use."""
+        if not self.automatic or ready or self.insists:
+            return False
+        again = self._hopeless and self.seen >= 64 and self.seen.bit_count() == 1 and self.seen.bit_length() % 3 == 1
+        return again or self.seen == _REHEARSAL
+
+    def rests(self, ready: bool) -> bool:
+        """Whether this micro-batch is exact and there is nothing to do about it, not even to time it."""
+        if not self.automatic or self.review_due(ready):
+            return False
+        if not ready:
+            return self.seen > _REHEARSAL and self._hopeless and not self.rehearses(ready)
+        return self.plan.exact and self._until_look() > _AWAKE
+
+    def _until_look(self) -> int:
+        """Exact micro-batches until one is observed: more and more, in the end as many as the cost demands."""
+        since = max(0, self.seen - self._ready_at) if self._ready_at >= 0 else 0
+        if since == 0:
+            return _FIRST_LOOK
+        steps = -since % self._look_steps
+        if not self._hopeless:
+            steps = min(steps, max(_FIRST_LOOK, 1 << (since - 1).bit_length()) - since)
+        return steps
 
     def _schedule_looks(self) -> None:
         """Decide from what was timed how often to look while every step is exact."""
-        timed = bool(self.costs.timed)
-        self._hopeless = timed and min(map(self.costs.relative, self._candidates())) > HYSTERESIS
+        known = bool(self.costs.timed) or self.costs.seconds(REHEARSED) is not None
+        known = known and self.costs.seconds(EXACT) is not None and not self.insists
+        # Not even if everything were explained.
+        self._hopeless = known and min(map(self.costs.relative, self._candidates())) > HYSTERESIS
         share = _HOPELESS_SHARE if self._hopeless else _LOOKING_SHARE
         self._look_steps = _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / share / _REVIEW_STEPS))
 
@@ -132,7 +155,10 @@ class Controller:
         """
         if self.seen < _EAGER_BASIS_STEPS or self.seen % self.settings.basis_steps == 0:
             return True
-        return self.automatic and ((fitted and not ready) or (ready and self.plan.exact))
+        if not self.automatic:
+            return False
+        early = not ready and (fitted or self.seen - _REHEARSAL <= _EAGER_BASIS_STEPS)
+        return early or (ready and self.plan.exact)
 
     def measures(self, ready: bool) -> bool:
         """Whether to compare predictions with the exact gradients of this micro-batch, if it is observed."""
@@ -161,7 +187,7 @@ class Controller:
         smaller, self._last = examples < self._last, examples
         if not smaller:
             self._usual = examples
-        if self._settling > 0 or smaller or not self.automatic:
+        if self._settling > 0 or smaller or not self.automatic or self.seen == 0 or self.rehearses(ready):
             return None
         plan = self.now(ready)
         return OBSERVED if plan.exact and self.observes(ready) else plan
@@ -172,9 +198,15 @@ class Controller:
         Args:
             ready: Whether the predictor was ready for it.
         """
+        looked = self.automatic and ready and self.plan.exact and self.observes(ready)
+        news = looked or self.rehearses(ready)
+        if looked and self._hopeless:
+            self.costs.forget_predictions()  # the machine may have been busy when they were timed: they get another trial
         if ready and self._ready_at < 0:
             self._ready_at = self.seen
         self.seen += 1
+        if news:
+            self.review_in(0)
         self._since_fit += 1
         self._settling = max(0, self._settling - 1)
 
@@ -185,11 +217,16 @@ class Controller:
     # -- the choice of a plan ----------------------------------------------------------------------------------------------
 
     def review_due(self, ready: bool) -> bool:
-        """Whether to :meth:`review` before the next micro-batch."""
-        if not self.automatic or not ready or self._ready_at < 0:
+        """Whether to :meth:`review` before the next micro-batch: there is news, or predictions have gone on for a while."""
+        if not self.automatic:
             return False
-        since = self.seen - self._ready_at - _CALIBRATING_STEPS
-        return self.seen == self._trial_ends or (since >= 0 and since % _REVIEW_STEPS == 0)
+        first = ready and self._ready_at < 0
+        predicting = ready and not self.plan.exact and (self.seen - self._ready_at) % _REVIEW_STEPS == 0
+        return first or predicting or self.seen in self._due
+
+    def review_in(self, steps: int) -> None:
+        """Have a review in so many micro-batches."""
+        self._due = [at for at in self._due if at >= self.seen] + [self.seen + steps]
 
     def review(self, readings: Sequence[tuple[Plan, float, float]], rho2: tuple[Explained, Explained]) -> bool:
         """Choose a plan.
@@ -205,7 +242,10 @@ class Controller:
             self.costs.record(plan, seconds)
         self._unaccounted += [reading for reading in readings if reading[0] != EXACT]
         if (exact := self.costs.seconds(EXACT)) is not None:
-            self.saved += sum(size * (exact - seconds) for _, size, seconds in self._unaccounted)
+            instead = (
+                (size, seconds, 0.0 if plan == REHEARSED else exact) for plan, size, seconds in self._unaccounted
+            )
+            self.saved += sum(size * (spared - seconds) for size, seconds, spared in instead)
             self._unaccounted.clear()
         self.rho2 = dict(zip((False, True), rho2, strict=True))
         self._schedule_looks()
@@ -214,7 +254,8 @@ class Controller:
         if changed:
             self.plan, self._settling = chosen, _SETTLING_STEPS
             if not chosen.exact and chosen not in self.costs.timed:
-                self._trial_ends = self.seen + _TRIAL_STEPS
+                for steps in _TRIAL_STEPS:
+                    self.review_in(steps)
         return changed
 
     def _candidates(self) -> list[Plan]:
@@ -248,7 +289,7 @@ class Controller:
             "seen": self.seen,
             "since_fit": self._since_fit,
             "ready_at": self._ready_at,
-            "trial_ends": self._trial_ends,
+            "due": self._due,
             "plan": [self.plan.fraction, self.plan.ridge],
             "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
@@ -260,7 +301,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; a plan that was chosen by price gives way to a fixed one."""
         self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
-        self._trial_ends = state["trial_ends"]
+        self._due = list(state["due"])
         if self.automatic:
             self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]) or not self.on_path)
             if self.plan.exact:

@@ -11,6 +11,9 @@ from .plans import EXACT, Plan
 OBSERVED = Plan(1.0, ridge=True)
 """Stands for exact steps that the predictor learns from."""
 
+REHEARSED = Plan(0.0)
+"""Stands for predictions of a whole micro-batch that are thrown away."""
+
 _KEPT = 48
 """Readings kept of each plan: some cycles of refits and basis moves, which are dear and rare."""
 
@@ -20,6 +23,9 @@ _KEPT_EXACT = 16
 _ENOUGH = 10
 """Readings that make a plan known."""
 
+_ENOUGH_IF_DEAR = 4
+"""The same where none of them is below the time of an exact step."""
+
 _OUTLIER = 5.0
 """Readings beyond so many medians are the machine's, not the plan's."""
 
@@ -27,7 +33,7 @@ _RARE = 24
 """Nor are the largest of so many: a callback, a new epoch. What a plan itself does now and then comes more often."""
 
 _PREDICTION = 0.4
-"""A prediction in units of an exact example, before one was timed: a forward pass and a little more."""
+"""A prediction in units of an exact example, where none was timed: a forward pass and a little more."""
 
 _SLOPE = 0.7
 """What another control example instead of a prediction costs, in units of an exact example, about a plan that was timed."""
@@ -49,12 +55,18 @@ class Costs:
     def seconds(self, plan: Plan) -> float | None:
         """Mean time of a micro-batch per unit, rare dear parts included; None if too few were timed.
 
-        Of exact steps, which are timed now and then and are all alike, the median.
+        Of exact steps, which are timed now and then and are all alike, the median; of rehearsals, of which the first are slower, the least.
         """
         readings = self._readings.get(plan, ())
-        if not readings or (plan not in (EXACT, OBSERVED) and len(readings) < _ENOUGH):
+        if not readings:
             return None
+        if plan == REHEARSED:
+            return min(readings)
         median = statistics.median(readings)
+        if plan not in (EXACT, OBSERVED) and len(readings) < _ENOUGH:
+            exact = self.seconds(EXACT)
+            if exact is None or len(readings) < _ENOUGH_IF_DEAR or min(readings) < exact:
+                return None
         if plan in (EXACT, OBSERVED):
             return median
         most = min(sorted(readings)[-1 - len(readings) // _RARE], _OUTLIER * median)
@@ -63,7 +75,8 @@ class Costs:
     @property
     def timed(self) -> list[Plan]:
         """Plans with predictions that are known from measured times."""
-        return [plan for plan in self._readings if not plan.exact and self.seconds(plan) is not None]
+        plans = (plan for plan in self._readings if not plan.exact and plan != REHEARSED)
+        return [plan for plan in plans if self.seconds(plan) is not None]
 
     def relative(self, plan: Plan) -> float:
         """Cost of a plan in exact steps, measured if it was timed, else from a timed plan nearby, else from operation counts."""
@@ -72,12 +85,18 @@ class Costs:
         exact = self.seconds(EXACT)
         known = {other: self.seconds(other) or 0.0 for other in self.timed}
         if exact is None or not known:
-            return plan.fraction + (1.0 - plan.fraction) * _PREDICTION + _RIDGE * plan.ridge
+            rehearsed = self.seconds(REHEARSED)
+            prediction = _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
+            return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
         if plan in known:
             return known[plan] / exact
         nearest = min(known, key=lambda other: (other.ridge != plan.ridge, abs(other.fraction - plan.fraction)))
         ridge = _RIDGE * (plan.ridge - nearest.ridge)
         return known[nearest] / exact + _SLOPE * (plan.fraction - nearest.fraction) + ridge
+
+    def forget_predictions(self) -> None:
+        """Forget what plans with predictions took."""
+        self._readings = {plan: kept for plan, kept in self._readings.items() if plan.exact}
 
     def observing(self) -> float:
         """What learning from an exact step adds to it, in exact steps; 1 before it was timed."""

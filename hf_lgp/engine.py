@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from .class_path import ClassPath, same_features
 from .controller import Controller
+from .costs import REHEARSED
 from .estimator import control_size
 from .exchange import Exchange
 from .families import find_backbone
@@ -38,6 +39,10 @@ _APART_EXAMPLES = 16
 
 _COMPILED_FRACTIONS = (0.25,)
 """Control fractions to choose from where every one is a graph of its own to compile."""
+
+
+_REHEARSALS = 3
+"""The first of them sets up what later ones reuse."""
 
 
 class SpliceBypassedError(RuntimeError):
@@ -131,6 +136,46 @@ class LGPEngine:
             size: Entries of the model's input, the unit of work in which times are compared.
         """
         self.review.begin(self.predictor.ready, examples, size)
+
+    def rest(self) -> bool:
+        """Count the next micro-batch and be done with it, if it is exact and nothing is to be learnt from it."""
+        ready = self.predictor.ready
+        if not self.controller.rests(ready):
+            return False
+        self.review.end()
+        self.controller.advance(ready)
+        return True
+
+    @property
+    def rehearsing(self) -> bool:
+        """Whether the next micro-batch is one to :meth:`rehearse` with."""
+        return self.controller.rehearses(self.predictor.ready)
+
+    @torch.no_grad()
+    def rehearse(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int, size: int) -> None:
+        """Time the prediction of a micro-batch, for no other use: where that alone is dear, nothing need be learnt.
+
+        Args:
+            inputs: The model's inputs, without labels.
+            forward: Runs the model on them.
+            examples: Size ``m`` of the micro-batch.
+            size: Entries of the model's input.
+        """
+        for _ in range(_REHEARSALS):
+            self.review.stopwatch.start()
+            self.predict(inputs, forward, examples, 0)
+            if self.path is not None and self._collected is not None:
+                pullbacks = torch.zeros_like(self._collected[0], dtype=self.predictor.subspace.bases(0)[0].dtype)
+                for term in self.path.gradients(pullbacks):
+                    if term is not None:
+                        term.total(torch.zeros_like(pullbacks[:, 0]), None)
+            self._collected = None
+            self.review.stopwatch.stop((REHEARSED, size), size)
+
+    @property
+    def observing(self) -> bool:
+        """Whether the micro-batch in progress is observed or has predictions."""
+        return self.observer.current is not None
 
     def record_loss_scale(self, gradient: Tensor) -> None:
         """Hook for the loss: note the factor (accumulation, loss scaling) that its backward pass starts from."""

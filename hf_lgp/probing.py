@@ -108,6 +108,11 @@ class _Probing(LGPTrainer):
         self._unit = max(v.numel() for v in inputs.values() if isinstance(v, Tensor))
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _lgp_build(self, inputs: dict[str, Any]) -> LGPEngine:
+        engine = super()._lgp_build(inputs)
+        engine.controller.insists = True
+        return engine
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Nothing: a probe has its report."""
 

@@ -13,6 +13,9 @@ from .exchange import Exchange
 from .plans import EXACT, Explained, Plan
 from .stopwatch import Stopwatch
 
+_READ_AFTER = 8
+"""Micro-batches after a review on a GPU in which what it staged is read, if no other review comes before."""
+
 _IDEAL_PREDICTION = 1.0 / 3.0
 """A forward pass in units of a forward and backward pass, by operation count."""
 
@@ -40,6 +43,7 @@ class Review:
         self.device = device
         self.stopwatch = Stopwatch(device)
         self.reviews = 0
+        self._read_later = False
         self._label: tuple[Plan, int] | None = None
         self._staged: tuple[list[tuple[Plan, int]], Tensor, Any] | None = None
 
@@ -85,6 +89,9 @@ class Review:
             event = torch.cuda.Event()
             event.record()
             staged, self._staged = self._staged, (*staged[:2], event)
+            self._read_later = not self._read_later
+            if self._read_later:
+                self.controller.review_in(_READ_AFTER)
         if staged is None:
             return
         labels, values, event = staged

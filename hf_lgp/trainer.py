@@ -164,6 +164,9 @@ class LGPTrainer(Trainer):
         self._lgp_cost = 1.0
         if self._lgp_settings.control_fraction >= 1.0:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._lgp_engine is not None and self._lgp_engine.rest():
+            self._lgp_steps["exact"] += 1
+            return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         examples, labels = batch_size(inputs), first_label(inputs, self.label_names)
         if examples is None or labels is None:
@@ -182,6 +185,11 @@ class LGPTrainer(Trainer):
         assert examples is not None
         seed = self._lgp_seed()
         engine.begin(examples, _work(inputs))
+        if engine.rehearsing:
+            self._lgp_rehearse(model, inputs, examples, seed)
+            if self._lgp_exhausted:
+                self._lgp_steps["exact"] += 1
+                return super().training_step(model, inputs, num_items_in_batch)
         controls = engine.controls(examples)
         if controls == examples:
             self._lgp_steps["exact"] += 1
@@ -210,6 +218,14 @@ class LGPTrainer(Trainer):
             logger.warning(f"The gradient predictor ran out of memory: training goes on exactly. {hint} ({error})")
             self._lgp_exhausted = True
             self._lgp_close()
+
+    def _lgp_rehearse(self, model: nn.Module, inputs: dict[str, Any], examples: int, seed: int) -> None:
+        """Time predictions before anything is learnt for them."""
+        assert self._lgp_engine is not None
+        model.train()
+        plain = part_of(inputs, torch.arange(examples, device=self.args.device), examples, without=self.label_names)
+        with self._lgp_sparing_memory(), private_randomness(self.args.device, seed), self.accelerator.autocast():
+            self._lgp_engine.rehearse(plain, lambda: self._lgp_model(**plain), examples, _work(inputs))
 
     def _lgp_observe(self, inputs: dict[str, Any], examples: int, seed: int) -> None:
         """A small exact pass of the model as it is, not compiled, for the predictor to learn from; no gradient is kept."""
@@ -260,7 +276,7 @@ class LGPTrainer(Trainer):
         """The loss as ``Trainer.compute_loss`` gives it; the scale its backward pass starts from is noted."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if self._lgp_engine is not None and loss.requires_grad:
+        if self._lgp_engine is not None and self._lgp_engine.observing and loss.requires_grad:
             loss.register_hook(self._lgp_engine.record_loss_scale)
         return result
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hf_lgp.controller import Controller
-from hf_lgp.costs import OBSERVED
+from hf_lgp.costs import OBSERVED, REHEARSED
 from hf_lgp.plans import EXACT, Explained, Plan
 from hf_lgp.settings import LGPSettings
 
@@ -29,9 +29,9 @@ def explained(path: float, both: float) -> tuple[Explained, Explained]:
 
 
 def until_review(decisions: Controller) -> None:
-    decisions.advance(ready=True)
-    while not decisions.review_due(ready=True):
-        decisions.advance(ready=True)
+    """Warm up: the first choice is due as soon as the predictor is ready."""
+    advance(decisions, 10, ready=False)
+    assert decisions.review_due(ready=True)
 
 
 def readings(*times: tuple[Plan, float]) -> list[tuple[Plan, float, float]]:
@@ -115,15 +115,63 @@ def automatic(on_path: bool = True, **values: Any) -> Controller:
     return controller(on_path, **{"control_fraction": 0.0, **values})
 
 
-def test_the_first_review_comes_after_some_timed_exact_steps() -> None:
-    decisions, labels = automatic(), []
-    advance(decisions, 10, ready=False)
-    decisions.advance(ready=True)
-    while not decisions.review_due(ready=True):
-        labels.append(decisions.label(True, 8))
+def test_exact_steps_and_a_prediction_are_timed_before_anything_is_observed() -> None:
+    decisions, labels, reviews = automatic(), [], []
+    for _ in range(8):
+        labels.append(decisions.label(False, 8))
+        assert decisions.observes(False) == (labels[-1] == OBSERVED)
+        assert decisions.rehearses(False) == (len(labels) == 5) and not decisions.rests(False)
+        decisions.advance(ready=False)
+        reviews.append(decisions.review_due(False))
+    assert labels == [None, EXACT, EXACT, EXACT, None, OBSERVED, OBSERVED, OBSERVED]
+    assert reviews == [False] * 4 + [True] + [False] * 3
+    assert decisions.review_due(ready=True)
+
+
+@pytest.mark.parametrize("prediction", [0.4, 1.05])
+def test_where_predictions_alone_are_too_dear_nothing_is_observed(prediction: float) -> None:
+    decisions = automatic()
+    advance(decisions, 5, ready=False)
+    decisions.review(
+        [*readings((EXACT, 1.0)), (REHEARSED, 10.0, prediction), (REHEARSED, 10.0, 5.0)], explained(0.0, 0.0)
+    )
+    assert decisions.saved == pytest.approx(-10 * (prediction + 5.0))
+    advance(decisions, 1, ready=False)
+    kinds = []
+    for _ in range(600):
+        kinds.append((decisions.rests(False), decisions.observes(False), decisions.rehearses(False)))
+        decisions.advance(ready=False)
+    if prediction < 1.0:
+        assert set(kinds) == {(False, True, False)}
+    else:
+        rehearsals = [number + 6 for number, kind in enumerate(kinds) if kind == (False, False, True)]
+        assert rehearsals == [64, 512], "the machine may have been busy"
+        assert kinds.count((True, False, False)) == 600 - 4, "nothing else happens but a review after each"
+        decisions.review([(REHEARSED, 10.0, 0.4)], explained(0.0, 0.0))
+        assert decisions.observes(False) and not decisions.rests(False)
+
+
+def test_a_probe_insists() -> None:
+    decisions = automatic()
+    decisions.insists = True
+    advance(decisions, 5, ready=False)
+    assert not decisions.rehearses(False) and decisions.observes(False)
+    decisions.review([*readings((EXACT, 1.0)), (REHEARSED, 10.0, 1.2)], explained(0.0, 0.0))
+    assert decisions.observes(False)
+
+
+def test_between_looks_exact_steps_pass_by() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0), (OBSERVED, 1.1)), explained(0.0, 0.0))
+    assert decisions.plan == EXACT
+    timeline = ""
+    for _ in range(40):
+        rests, looks = decisions.rests(True), decisions.observes(True)
+        assert not (rests and (looks or decisions.review_due(True)))
+        timeline += "." if rests else "L" if looks else "r" if decisions.review_due(True) else "t"
         decisions.advance(ready=True)
-    assert labels == [EXACT] * 2
-    assert automatic().label(False, 8) == OBSERVED
+    assert timeline == "r" + "." * 11 + "ttttLr" + "." * 10 + "ttttLr" + "." * 6
 
 
 def test_good_predictions_are_used_and_their_price_follows_from_what_was_measured() -> None:
@@ -189,11 +237,12 @@ def test_a_plan_that_was_never_timed_is_reviewed_soon() -> None:
     until_review(decisions)
     decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.95))
     assert not decisions.plan.exact
-    steps = 0
-    while steps == 0 or not decisions.review_due(ready=True):
+    due = []
+    for step in range(1, 20):
         decisions.advance(ready=True)
-        steps += 1
-    assert 10 < steps < 20
+        if decisions.review_due(ready=True):
+            due.append(step)
+    assert due == [7, 14]
 
 
 def test_the_regression_is_used_where_it_explains_enough_more() -> None:
@@ -255,8 +304,25 @@ def test_where_no_prediction_can_pay_it_hardly_looks() -> None:
     assert looks[0] >= 7 and looks[1] == 0
 
 
+def test_what_was_found_too_dear_gets_another_trial_after_a_long_time() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review(readings((EXACT, 1.0), (OBSERVED, 1.1)), explained(0.95, 0.95))
+    tried = decisions.plan
+    decisions.review(readings((tried, 2.0)), explained(0.95, 0.95))
+    assert decisions.plan == EXACT and not decisions.best().fraction < 1.0
+    steps = 0
+    while decisions.rests(True) or not decisions.observes(True):
+        decisions.advance(True)
+        steps += 1
+    assert 200 <= steps <= 300
+    decisions.advance(True)
+    assert decisions.review_due(True) and decisions.review([], explained(0.95, 0.95)) and not decisions.plan.exact
+
+
 def test_smaller_micro_batches_than_usual_are_not_timed() -> None:
     decisions = automatic()
+    advance(decisions, 1, ready=False)  # the first sets things up
     assert decisions.label(False, 8) is not None
     assert decisions.label(False, 5) is None
     assert decisions.label(False, 8) is not None

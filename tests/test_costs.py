@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_lgp.costs import OBSERVED, Costs
+from hf_lgp.costs import OBSERVED, REHEARSED, Costs
 from hf_lgp.plans import EXACT, Plan
 
 
@@ -35,6 +35,23 @@ def test_a_timed_plan_has_its_own_cost_and_tells_those_of_others() -> None:
 def test_few_readings_of_a_plan_tell_nothing_yet() -> None:
     table = costs(exact=(EXACT, [2.0]), plan=(Plan(0.25), [9.0] * 3))
     assert table.relative(Plan(0.25)) == Costs().relative(Plan(0.25))
+
+
+def test_few_readings_are_enough_where_all_are_dear() -> None:
+    plan = Plan(0.25)
+    assert costs(exact=(EXACT, [2.0]), plan=(plan, [3.0] * 4)).relative(plan) == pytest.approx(1.5)
+    assert costs(exact=(EXACT, [2.0]), plan=(plan, [3.0] * 3 + [1.9])).timed == []
+
+
+def test_a_rehearsal_tells_what_predictions_cost_until_a_plan_was_timed() -> None:
+    rehearsed = (EXACT, [2.0] * 3), (REHEARSED, [9.0, 1.0, 1.1])
+    table = costs(exact=rehearsed[0], rehearsed=rehearsed[1])
+    assert table.relative(Plan(0.25)) == pytest.approx(0.25 + 0.75 * 0.5) and table.timed == []
+    for _ in range(16):
+        table.record(Plan(0.25), 1.5)
+    assert table.relative(Plan(0.25)) == pytest.approx(0.75)
+    table.forget_predictions()
+    assert table.relative(Plan(0.25)) == Costs().relative(Plan(0.25)) and table.seconds(EXACT) == 2.0
 
 
 def test_rare_dear_steps_count_and_interruptions_do_not() -> None:
