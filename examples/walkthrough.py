@@ -14,8 +14,8 @@ python examples/walkthrough.py
 # %% [markdown]
 # ## A model and data
 #
-# A ViT of some 0.2 M parameters and the handwritten digits that come with scikit-learn, so that nothing is downloaded. Small images cut into single pixels
-# give 65 rows per image: the more rows, the more a prediction spares.
+# A ViT of some 0.2 M parameters and the handwritten digits that come with scikit-learn, so that nothing is downloaded. Sixteen patches and a class token make
+# 17 rows per image. The more rows, the more a prediction spares; these are few, and the probe will say so.
 
 # %%
 import tempfile
@@ -31,7 +31,7 @@ held_out, train = rows[::5], [row for number, row in enumerate(rows) if number %
 
 config = ViTConfig(
     image_size=8,
-    patch_size=1,
+    patch_size=2,
     num_channels=1,
     hidden_size=64,
     num_hidden_layers=4,
@@ -54,11 +54,11 @@ from hf_lgp import LGPTrainer, LGPTrainingArguments, probe
 folder = tempfile.mkdtemp()
 args = LGPTrainingArguments(
     folder,
-    num_train_epochs=8,
+    num_train_epochs=25,
     per_device_train_batch_size=32,
-    learning_rate=2e-3,
+    learning_rate=1e-3,
     warmup_steps=20,
-    logging_steps=60,
+    logging_steps=150,
     report_to="none",
     save_strategy="no",
     disable_tqdm=True,

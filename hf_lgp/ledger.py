@@ -29,6 +29,8 @@ def summary(figures: Mapping[str, float], steps: Mapping[str, int], seconds: flo
     line = f"LGP: {steps['predicted']} of {sum(steps.values())} micro-batches with predicted gradients"
     if steps["predicted"]:
         line += f", {figures['rho2']:.0%} of their variance explained at the end"
+    if not figures["window"] and not steps["predicted"]:
+        return f"{line}: nothing was learnt to predict with, since the run was short or predictions alone take as long as exact steps."
     if "time_saved" not in figures:
         return f"{line}, control fraction {figures['fraction']:.3g}."
     saved = figures["time_saved"]

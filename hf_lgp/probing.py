@@ -190,6 +190,7 @@ def _trial_arguments(args: TrainingArguments | None, folder: str) -> LGPTraining
             **given,
             "output_dir": folder,
             "lgp_control_fraction": 0.0,
+            "lgp_exact_steps": 0,
             "max_steps": -(-micro_batches // given.get("gradient_accumulation_steps", 1)),
             "eval_strategy": "no",
             "eval_on_start": False,

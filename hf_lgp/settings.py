@@ -16,6 +16,8 @@ class LGPSettings:
             measured price, exact steps included.
         variance_budget: Largest variance of the gradient, relative to the exact one, that an automatic control fraction may cause; 0
             for no limit.
+        exact_steps: Optimizer steps at the start that are exact, whatever the price, before an automatic control fraction: gradients are largest
+            there, and Adam remembers their noise for a thousand steps. A fixed fraction begins when the predictor is ready.
         window: Number of recent exact examples the regression is fitted on.
         rank: Basis vectors per side of a weight matrix's factored coordinates.
         kernel: ``"linear"`` or ``"rbf"``.
@@ -37,7 +39,8 @@ class LGPSettings:
     """
 
     control_fraction: float = 0.0
-    variance_budget: float = 1.5
+    variance_budget: float = 1.25
+    exact_steps: int = 100
     window: int = 2048
     rank: int = 16
     kernel: Kernel = "rbf"
@@ -66,6 +69,8 @@ class LGPSettings:
         for name in ("window", "rank", "memory_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.exact_steps < 0:
+            raise ValueError(f"`lgp_exact_steps` must not be negative, got {self.exact_steps}.")
         for name in ("warmup_examples", "observe_steps", "refit_steps", "basis_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`lgp_{name}` must be at least 1, or 0 to choose, got {getattr(self, name)}.")

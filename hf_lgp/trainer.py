@@ -164,7 +164,7 @@ class LGPTrainer(Trainer):
         self._lgp_cost = 1.0
         if self._lgp_settings.control_fraction >= 1.0:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._lgp_engine is not None and self._lgp_engine.rest():
+        if self._lgp_engine is not None and (self._lgp_waits or self._lgp_engine.rest()):
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -179,7 +179,7 @@ class LGPTrainer(Trainer):
             with self._lgp_sparing_memory():
                 self._lgp_engine = self._lgp_build(inputs)
         engine = self._lgp_engine
-        if not usable or engine is None:
+        if not usable or engine is None or self._lgp_waits:
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)
         assert examples is not None
@@ -203,6 +203,11 @@ class LGPTrainer(Trainer):
             if not self._lgp_exhausted:
                 engine.finish()
         return loss
+
+    @property
+    def _lgp_waits(self) -> bool:
+        """Whether it is too early for an automatic choice."""
+        return self._lgp_settings.control_fraction == 0.0 and self.state.global_step < self._lgp_settings.exact_steps
 
     @contextmanager
     def _lgp_sparing_memory(self) -> Iterator[None]:

@@ -27,9 +27,16 @@ class LGPTrainingArguments(TrainingArguments):
         },
     )
     lgp_variance_budget: float = field(
-        default=1.5,
+        default=1.25,
         metadata={
             "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause. 0: no limit."
+        },
+    )
+    lgp_exact_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Optimizer steps at the start that are exact before the automatic choice begins: gradients are largest there, and "
+            "Adam remembers their noise. A fixed fraction begins as soon as it can."
         },
     )
     lgp_window: int = field(

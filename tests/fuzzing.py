@@ -37,6 +37,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
             "gradient_checkpointing": family != "convnext" and draw(st.booleans()),
             "lgp_control_fraction": draw(st.just(0.0) | st.floats(0.01, 1.0)),
             "lgp_variance_budget": draw(st.sampled_from([0.0, 1.1, 1.3])),
+            "lgp_exact_steps": draw(st.sampled_from([0, 0, 3])),
             "lgp_window": window,
             "lgp_warmup_examples": draw(st.integers(1, window)),
             "lgp_rank": draw(st.integers(1, 9)),

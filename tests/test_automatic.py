@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
-from hf_lgp.costs import OBSERVED
+from hf_lgp.costs import OBSERVED, REHEARSED
 from hf_lgp.plans import EXACT, Plan
 from hf_lgp.stopwatch import Stopwatch
 
@@ -22,12 +22,12 @@ STEPS = 96
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What steps take, by kind; the real clock is not asked."""
-    costs = {"exact": 1.0, "observed": 1.05, "predicted": 0.4}
+    costs = {"exact": 1.0, "observed": 1.05, "predicted": 0.4, "rehearsed": 0.3}
     collect = Stopwatch.collect
 
     def told(label: Any) -> float:
         plan: Plan = label[0]
-        return costs["exact" if plan == EXACT else "observed" if plan == OBSERVED else "predicted"]
+        return costs[{EXACT: "exact", OBSERVED: "observed", REHEARSED: "rehearsed"}.get(plan, "predicted")]
 
     monkeypatch.setattr(Stopwatch, "collect", lambda self: [(label, told(label)) for label, _ in collect(self)])
     return costs
@@ -45,6 +45,7 @@ def run(folder: Path, data: Any = None, resume: Path | None = None, **settings: 
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
+            "lgp_exact_steps": 0,
             "lgp_warmup_examples": 32,
             "lgp_window": 64,
             "lgp_rank": 4,
@@ -104,6 +105,27 @@ def test_exact_steps_of_an_automatic_run_are_plain_trainers_bit_for_bit(
     other.train()
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def test_the_first_steps_are_exact_whatever_the_price(tmp_path: Path, seconds: dict[str, float]) -> None:
+    settings: dict[str, Any] = {"lgp_variance_budget": 0.0, "lgp_exact_steps": 20, "gradient_accumulation_steps": 2}
+    trainer = run(tmp_path, max_steps=20, **settings)
+    assert trainer._lgp_steps == {"exact": 40, "predicted": 0}
+    assert {entry["lgp_window"] for entry in logs(trainer)} == {0.0}, "nothing was observed"
+    trainer = run(tmp_path, max_steps=48, **settings)
+    assert trainer._lgp_steps["exact"] >= 40 and trainer._lgp_steps["predicted"] > 20
+
+
+def test_where_predictions_alone_are_dear_nothing_is_learnt(
+    tmp_path: Path, seconds: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds["rehearsed"] = 1.1
+    trainer = run(tmp_path)
+    assert trainer._lgp_steps == {"exact": STEPS, "predicted": 0} and logs(trainer)[-1]["lgp_window"] == 0
+    assert logs(trainer)[-1]["lgp_time_saved"] == pytest.approx(-6 * 1.1 * 8 * 64), (
+        "three rehearsals at two micro-batches"
+    )
+    assert "nothing was learnt to predict with" in capsys.readouterr().out
 
 
 def test_a_resumed_run_goes_on_with_its_plan_bit_for_bit(tmp_path: Path, seconds: dict[str, float]) -> None:

@@ -225,7 +225,7 @@ def test_the_variance_budget_is_kept() -> None:
 def test_the_worst_part_counts_for_half() -> None:
     fractions = []
     for overall, worst in ((0.9, 0.9), (0.95, 0.85), (0.95, 0.4), (0.4, 0.0)):
-        decisions = automatic()
+        decisions = automatic(variance_budget=1.5)
         until_review(decisions)
         decisions.review(readings((EXACT, 1.0)), (Explained(overall, worst), Explained(overall, worst)))
         fractions.append(decisions.plan.fraction)

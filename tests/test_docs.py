@@ -32,6 +32,7 @@ def test_a_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Mon
         per_device_train_batch_size=8,
         report_to="none",
         save_strategy="no",
+        lgp_exact_steps=0,
         lgp_warmup_examples=16,
         lgp_window=32,
         lgp_rank=3,

@@ -20,6 +20,7 @@ from hf_lgp.settings import LGPSettings
         ("control_fraction", math.nan, r"`lgp_control_fraction`"),
         ("variance_budget", 1.0, "`lgp_variance_budget` must exceed 1, .* got 1.0. Use `lgp_control_fraction=1`"),
         ("variance_budget", math.nan, "`lgp_variance_budget` must exceed 1"),
+        ("exact_steps", -1, "`lgp_exact_steps` must not be negative, got -1"),
         ("window", 0, "`lgp_window` must be at least 1, got 0"),
         ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
         ("warmup_examples", -1, "`lgp_warmup_examples` must be at least 1, or 0 to choose"),
@@ -75,6 +76,7 @@ def test_every_setting_can_be_read_from_arguments() -> None:
     values = {
         "control_fraction": 0.5,
         "variance_budget": 2.0,
+        "exact_steps": 7,
         "window": 64,
         "rank": 3,
         "kernel": "linear",
