@@ -9,7 +9,7 @@
 python examples/walkthrough.py
 """
 
-# ruff: noqa: E402, T201
+# ruff: noqa: E402
 
 # %% [markdown]
 # ## A model and data

@@ -1,7 +1,8 @@
 """The controller: which plan now, when to observe, when to refit, when to move the bases.
 
 Within a period it decides from counts alone, so it never waits for the device and every process of a distributed run takes the
-same branch. With an automatic control fraction it reviews its plan every few dozen micro-batches, from figures that all processes share.
+same branch. With an automatic control fraction it reviews its plan every few dozen micro-batches while it predicts, and after every look while it
+does not, from figures that all processes share.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
-"""The first bases are random: they move at every one of so many micro-batches, until they point somewhere."""
+"""The first bases are random: they move at every one of the first so many micro-batches observed, until they point somewhere."""
 
 _MEASURING_STEPS = 4
 """Predictions are compared with exact gradients at every so many micro-batches: coefficients change slowly."""
@@ -44,14 +45,14 @@ _HOPELESS_SHARE = 0.0004
 """The same where no prediction, however good, would pay for its time: only the machine can change that."""
 
 _FIRST_LOOK = 16
-"""Micro-batches after the predictor was ready that an exact one is observed, and after twice, four times, ... as many: predictions
+"""Micro-batches after the predictor was ready that an exact one is observed, and then after twice, four times, ... as many: predictions
 may become good soon."""
 
 _TRIAL_STEPS = (7, 14)
 """Micro-batches after which a plan that was never timed is reviewed: it may turn out dear, sooner if very much so."""
 
 _AWAKE = 4
-"""Exact micro-batches before a look that are timed; between looks, exact ones pass by without as much as a glance."""
+"""Exact micro-batches before a look or a rehearsal that are timed; others pass by without as much as a glance."""
 
 
 class Controller:
@@ -79,7 +80,8 @@ class Controller:
         self.saved = 0.0
         self._unaccounted: list[tuple[Plan, float, float]] = []
         self._since_fit = 0
-        self._ready_at = -1
+        self._ready_at = self._looked_at = -1
+        self._observed = 0
         self._due: list[int] = []
         self._settling = 0
         self.insists = False
@@ -116,35 +118,44 @@ class Controller:
         """Whether to time the prediction of this micro-batch, for no other use."""
         if not self.automatic or ready or self.insists:
             return False
-        again = self._hopeless and self.seen >= 64 and self.seen.bit_count() == 1 and self.seen.bit_length() % 3 == 1
-        return again or self.seen == _REHEARSAL
+        return self.seen == _REHEARSAL or (self._hopeless and self._until_rehearsal() == 0)
+
+    def _until_rehearsal(self) -> int:
+        """Micro-batches until the prediction of one is timed again."""
+        at = 64
+        while at < self.seen:
+            at *= 8
+        return at - self.seen
 
     def rests(self, ready: bool) -> bool:
         """Whether this micro-batch is exact and there is nothing to do about it, not even to time it."""
         if not self.automatic or self.review_due(ready):
             return False
         if not ready:
-            return self.seen > _REHEARSAL and self._hopeless and not self.rehearses(ready)
+            return self.seen > _REHEARSAL and self._hopeless and self._until_rehearsal() > _AWAKE
         return self.plan.exact and self._until_look() > _AWAKE
 
     def _until_look(self) -> int:
         """Exact micro-batches until one is observed: more and more, in the end as many as the cost demands."""
-        since = max(0, self.seen - self._ready_at) if self._ready_at >= 0 else 0
-        if since == 0:
+        if self._ready_at < 0:
             return _FIRST_LOOK
-        steps = -since % self._look_steps
-        if not self._hopeless:
-            steps = min(steps, max(_FIRST_LOOK, 1 << (since - 1).bit_length()) - since)
-        return steps
+        so_far = max(_FIRST_LOOK, self._looked_at - self._ready_at)
+        steps = self._look_steps if self._hopeless else min(so_far, self._look_steps)
+        return max(0, self._looked_at + steps - self.seen)
 
     def _schedule_looks(self) -> None:
         """Decide from what was timed how often to look while every step is exact."""
         known = bool(self.costs.timed) or self.costs.seconds(REHEARSED) is not None
         known = known and self.costs.seconds(EXACT) is not None and not self.insists
         # Not even if everything were explained.
-        self._hopeless = known and min(map(self.costs.relative, self._candidates())) > HYSTERESIS
-        share = _HOPELESS_SHARE if self._hopeless else _LOOKING_SHARE
-        self._look_steps = _REVIEW_STEPS * max(1, math.ceil(self.costs.observing() / share / _REVIEW_STEPS))
+        least = min(map(self.costs.relative, self._candidates()), default=math.inf)
+        self._hopeless = known and least > HYSTERESIS
+        spent, share = self.costs.observing(), _LOOKING_SHARE
+        if self._hopeless:  # such a look is followed by another trial
+            share = _HOPELESS_SHARE
+            spent += _TRIAL_STEPS[0] * min(max(least - 1.0, 0.1), 10.0)
+        # An odd number: over the micro-batches of an optimizer step, of which the last is the dearest, looks take turns.
+        self._look_steps = 1 + _REVIEW_STEPS * max(1, math.ceil(spent / share / _REVIEW_STEPS))
 
     def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
         """Whether this micro-batch, if it is observed, contributes to the bases.
@@ -157,7 +168,7 @@ class Controller:
             return True
         if not self.automatic:
             return False
-        early = not ready and (fitted or self.seen - _REHEARSAL <= _EAGER_BASIS_STEPS)
+        early = not ready and (fitted or self._observed < _EAGER_BASIS_STEPS)
         return early or (ready and self.plan.exact)
 
     def measures(self, ready: bool) -> bool:
@@ -202,8 +213,11 @@ class Controller:
         news = looked or self.rehearses(ready)
         if looked and self._hopeless:
             self.costs.forget_predictions()  # the machine may have been busy when they were timed: they get another trial
+        self._observed += not ready and self.observes(ready)
         if ready and self._ready_at < 0:
-            self._ready_at = self.seen
+            self._ready_at = self._looked_at = self.seen
+        if looked:
+            self._looked_at = self.seen
         self.seen += 1
         if news:
             self.review_in(0)
@@ -223,6 +237,10 @@ class Controller:
         first = ready and self._ready_at < 0
         predicting = ready and not self.plan.exact and (self.seen - self._ready_at) % _REVIEW_STEPS == 0
         return first or predicting or self.seen in self._due
+
+    def review_presses(self, ready: bool) -> bool:
+        """Whether the review now due is worth waiting for the device: it comes rarely, and much hangs on it."""
+        return (ready and self._ready_at < 0) or self.seen in self._due
 
     def review_in(self, steps: int) -> None:
         """Have a review in so many micro-batches."""
@@ -252,7 +270,7 @@ class Controller:
         chosen = self.best()
         changed = chosen != self.plan
         if changed:
-            self.plan, self._settling = chosen, _SETTLING_STEPS
+            self.plan, self._settling, self._looked_at = chosen, _SETTLING_STEPS, self.seen
             if not chosen.exact and chosen not in self.costs.timed:
                 for steps in _TRIAL_STEPS:
                     self.review_in(steps)
@@ -290,6 +308,8 @@ class Controller:
             "since_fit": self._since_fit,
             "ready_at": self._ready_at,
             "due": self._due,
+            "observed": self._observed,
+            "looked_at": self._looked_at,
             "plan": [self.plan.fraction, self.plan.ridge],
             "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
@@ -301,7 +321,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; a plan that was chosen by price gives way to a fixed one."""
         self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
-        self._due = list(state["due"])
+        self._due, self._observed, self._looked_at = list(state["due"]), state["observed"], state["looked_at"]
         if self.automatic:
             self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]) or not self.on_path)
             if self.plan.exact:

@@ -14,6 +14,9 @@ OBSERVED = Plan(1.0, ridge=True)
 REHEARSED = Plan(0.0)
 """Stands for predictions of a whole micro-batch that are thrown away."""
 
+REHEARSALS = 3
+"""So many are made in a row, and kept: the first sets up what later ones reuse."""
+
 _KEPT = 48
 """Readings kept of each plan: some cycles of refits and basis moves, which are dear and rare."""
 
@@ -96,7 +99,8 @@ class Costs:
 
     def forget_predictions(self) -> None:
         """Forget what plans with predictions took."""
-        self._readings = {plan: kept for plan, kept in self._readings.items() if plan.exact}
+        known = (EXACT, OBSERVED, REHEARSED)
+        self._readings = {plan: kept for plan, kept in self._readings.items() if plan in known}
 
     def observing(self) -> float:
         """What learning from an exact step adds to it, in exact steps; 1 before it was timed."""
@@ -116,4 +120,4 @@ class Costs:
 
 
 def _empty(plan: Plan) -> deque[float]:
-    return deque(maxlen=_KEPT_EXACT if plan.exact else _KEPT)
+    return deque(maxlen=_KEPT_EXACT if plan.exact else REHEARSALS if plan == REHEARSED else _KEPT)

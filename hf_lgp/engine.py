@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from .class_path import ClassPath, same_features
 from .controller import Controller
-from .costs import REHEARSED
+from .costs import REHEARSALS, REHEARSED
 from .estimator import control_size
 from .exchange import Exchange
 from .families import find_backbone
@@ -39,10 +39,6 @@ _APART_EXAMPLES = 16
 
 _COMPILED_FRACTIONS = (0.25,)
 """Control fractions to choose from where every one is a graph of its own to compile."""
-
-
-_REHEARSALS = 3
-"""The first of them sets up what later ones reuse."""
 
 
 class SpliceBypassedError(RuntimeError):
@@ -161,16 +157,20 @@ class LGPEngine:
             examples: Size ``m`` of the micro-batch.
             size: Entries of the model's input.
         """
-        for _ in range(_REHEARSALS):
-            self.review.stopwatch.start()
-            self.predict(inputs, forward, examples, 0)
-            if self.path is not None and self._collected is not None:
-                pullbacks = torch.zeros_like(self._collected[0], dtype=self.predictor.subspace.bases(0)[0].dtype)
-                for term in self.path.gradients(pullbacks):
-                    if term is not None:
-                        term.total(torch.zeros_like(pullbacks[:, 0]), None)
+        try:
+            for _ in range(REHEARSALS):
+                self.review.stopwatch.start()
+                self.predict(inputs, forward, examples, 0)
+                if self.path is not None and self._collected is not None:
+                    pullbacks = torch.zeros_like(self._collected[0], dtype=self.predictor.subspace.bases(0)[0].dtype)
+                    for term in self.path.gradients(pullbacks):
+                        if term is not None:
+                            term.total(torch.zeros_like(pullbacks[:, 0]), None)
+                self.review.stopwatch.stop((REHEARSED, size), size)
+        finally:
             self._collected = None
-            self.review.stopwatch.stop((REHEARSED, size), size)
+            if self.path is not None:
+                self.path.release()  # the exact step that follows needs the memory
 
     @property
     def observing(self) -> bool:

@@ -18,7 +18,7 @@ class Plan:
     """How a micro-batch is trained on.
 
     Attributes:
-        fraction: Control fraction ``f`` in (0, 1]; 1 is an exact step.
+        fraction: Control fraction ``f`` in (0, 1]; 1 is an exact step. (0 labels times of predictions alone, and is never followed.)
         ridge: Whether the regression predicts what the class path leaves over; without a path it is all there is.
     """
 

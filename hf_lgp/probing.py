@@ -101,10 +101,11 @@ class _Probing(LGPTrainer):
         engine = self._lgp_engine
         if engine is not None and not self._trial and engine.review.reviews > 0:
             self._trial = True
-            if engine.controller.plan.exact:
+        if self._trial and engine is not None:
+            if engine.controller.costs.timed:
+                self.control.should_training_stop = True
+            elif engine.controller.plan.exact:
                 engine.controller.plan = Plan(0.25, ridge=engine.path is None)
-        if self._trial and engine is not None and engine.controller.costs.timed:
-            self.control.should_training_stop = True
         self._unit = max(v.numel() for v in inputs.values() if isinstance(v, Tensor))
         return super().training_step(model, inputs, num_items_in_batch)
 

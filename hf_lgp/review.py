@@ -1,4 +1,4 @@
-"""The review: times every micro-batch and lets the controller choose a plan from what was measured."""
+"""The review: times micro-batches and lets the controller choose a plan from what was measured."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from .controller import Controller
 from .exchange import Exchange
 from .plans import EXACT, Explained, Plan
 from .stopwatch import Stopwatch
-
-_READ_AFTER = 8
-"""Micro-batches after a review on a GPU in which what it staged is read, if no other review comes before."""
 
 _IDEAL_PREDICTION = 1.0 / 3.0
 """A forward pass in units of a forward and backward pass, by operation count."""
@@ -43,7 +40,6 @@ class Review:
         self.device = device
         self.stopwatch = Stopwatch(device)
         self.reviews = 0
-        self._read_later = False
         self._label: tuple[Plan, int] | None = None
         self._staged: tuple[list[tuple[Plan, int]], Tensor, Any] | None = None
 
@@ -51,8 +47,7 @@ class Review:
         """Review with all that was measured, out of turn; on a GPU this waits for it. Nothing to do at a fixed fraction."""
         if not self.controller.automatic:
             return
-        for _ in range(2 if self.device.type == "cuda" else 1):  # what is staged is read by the next review
-            self._review()
+        self._review(wait=True)
 
     def begin(self, ready: bool, examples: int, size: int) -> None:
         """Begin a micro-batch of ``examples`` examples and ``size`` units of work, with a review if one is due.
@@ -63,7 +58,7 @@ class Review:
             return
         self.end()
         if self.controller.review_due(ready):
-            self._review()
+            self._review(wait=self.controller.review_presses(ready))
         plan = self.controller.label(ready, examples)
         self._label = None if plan is None else (plan, size)
         self.stopwatch.start()
@@ -78,22 +73,26 @@ class Review:
         """Do not time the present micro-batch: something else was done since it began."""
         self._label = None
 
-    def _review(self) -> None:
-        taken = self.stopwatch.collect()
+    def _review(self, wait: bool) -> None:
+        if wait and self._staged is not None:
+            self._read(self._staged)
+            self._staged = None
+        taken = self.stopwatch.collect(wait)
         seconds = torch.tensor([s for _, s in taken], dtype=torch.float64).to(self.device, non_blocking=True)
         values = torch.cat([*self._explained(), seconds])
         self.exchange.average([values])
-        staged: Any = ([label for label, _ in taken], values.to("cpu", non_blocking=True), None)
-        if self.device.type == "cuda":
-            # Read at the next review, when it has long arrived, rather than waited for now.
-            event = torch.cuda.Event()
-            event.record()
-            staged, self._staged = self._staged, (*staged[:2], event)
-            self._read_later = not self._read_later
-            if self._read_later:
-                self.controller.review_in(_READ_AFTER)
-        if staged is None:
+        labels: list[Any] = [label for label, _ in taken]
+        if wait or self.device.type != "cuda":
+            self._read((labels, values, None))
             return
+        # Read at the next review, when it has long arrived, rather than waited for now.
+        event = torch.cuda.Event()
+        staged, self._staged = self._staged, (labels, values.to("cpu", non_blocking=True), event)
+        event.record()
+        if staged is not None:
+            self._read(staged)
+
+    def _read(self, staged: tuple[list[tuple[Plan, int]], Tensor, Any]) -> None:
         labels, values, event = staged
         if event is not None:
             event.synchronize()

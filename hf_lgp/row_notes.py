@@ -97,14 +97,19 @@ class RowNotes:
         """Stop noting."""
         self._rows = None
 
+    def release(self) -> None:
+        """Free the buffers; they are made anew when they are needed."""
+        self.disarm()
+        self._kept.clear()
+        self._fresh.clear()
+        self._scratch = None
+
     def close(self) -> None:
         """Remove every hook and free the buffers."""
-        self.disarm()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._kept.clear()
-        self._scratch = None
+        self.release()
 
     def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         key, shape = (name, index), (self._total, *values.shape[1:])

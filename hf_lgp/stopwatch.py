@@ -46,12 +46,15 @@ class Stopwatch:
             self._taken = [*self._taken[-_KEPT:], (label, size, self._began, self._now())]
         self._began = None
 
-    def collect(self) -> list[tuple[Hashable, float]]:
+    def collect(self, wait: bool = False) -> list[tuple[Hashable, float]]:
         """Labels and seconds per unit of the work done so far, in order; each is given once.
 
-        On a GPU the newest pieces, which may still be in its queue, wait for the next time.
+        On a GPU the newest pieces, which may still be in its queue, are left for the next time.
+
+        Args:
+            wait: Whether to wait for them instead.
         """
-        count = max(0, len(self._taken) - (_IN_FLIGHT if self._events else 0))
+        count = max(0, len(self._taken) - (_IN_FLIGHT if self._events and not wait else 0))
         taken, self._taken = self._taken[:count], self._taken[count:]
         return [(label, self._seconds(began, ended) / size) for label, size, began, ended in taken]
 

@@ -180,6 +180,8 @@ class LGPTrainer(Trainer):
                 self._lgp_engine = self._lgp_build(inputs)
         engine = self._lgp_engine
         if not usable or engine is None or self._lgp_waits:
+            if engine is not None:
+                engine.review.end()
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)
         assert examples is not None

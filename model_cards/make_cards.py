@@ -70,7 +70,7 @@ def train(name: str, where: Path) -> Path:
 
 def keep(name: str, output: Path) -> None:
     """Keep card, figure and results of a finished run."""
-    target, dataset = HERE / name, RUNS[name][0]
+    target = HERE / name
     target.mkdir(exist_ok=True)
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     metrics = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
@@ -135,6 +135,7 @@ def with_run(name: str, text: str, results: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Train what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(RUNS), help="models to train; all of them by default")
     parser.add_argument("--cifar10", type=Path, help="folder with train.parquet and test.parquet")

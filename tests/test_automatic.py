@@ -29,7 +29,9 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         plan: Plan = label[0]
         return costs[{EXACT: "exact", OBSERVED: "observed", REHEARSED: "rehearsed"}.get(plan, "predicted")]
 
-    monkeypatch.setattr(Stopwatch, "collect", lambda self: [(label, told(label)) for label, _ in collect(self)])
+    monkeypatch.setattr(
+        Stopwatch, "collect", lambda self, wait=False: [(label, told(label)) for label, _ in collect(self)]
+    )
     return costs
 
 
