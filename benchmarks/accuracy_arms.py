@@ -80,10 +80,14 @@ class PathAlone(LGPTrainer):
         return engine
 
 
+_EARLY: dict[str, Any] = {"lgp_exact_steps": 0, "lgp_variance_budget": 1.5}
+"""Predictions from the first steps on, and more noise than the default allows."""
+
 ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "trainer": (Trainer, {}),
     "lgp": (LGPTrainer, {}),
-    "lgp-longer": (LGPTrainer, {}),
+    "early": (LGPTrainer, _EARLY),
+    "early-longer": (LGPTrainer, _EARLY),
     "f=0.5": (LGPTrainer, {"lgp_control_fraction": 0.5}),
     "f=0.25": (LGPTrainer, {"lgp_control_fraction": 0.25}),
     "f=0.125": (LGPTrainer, {"lgp_control_fraction": 0.125}),
@@ -93,5 +97,5 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "label-only": (LabelOnly, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),
 }
 
-EPOCHS: dict[str, float] = {"lgp-longer": 1.3}
+EPOCHS: dict[str, float] = {"early-longer": 1.3}
 """Arms that train for so many times the epochs of the others, on a schedule stretched alike: their steps are cheaper."""
