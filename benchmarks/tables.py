@@ -206,7 +206,10 @@ def time_to_accuracy() -> str | None:
             continue
         wanted = [key for key in lgp["to_target"] if not key.startswith("mean")]
         plain = result["summary"]["arms"]["trainer"]["final_accuracy"]
-        for arm, epochs in (("lgp", "as many epochs"), ("early-longer", "predictions from the start, 1.3 times as many")):
+        for arm, epochs in (
+            ("lgp", "as many epochs"),
+            ("early-longer", "predictions from the start, 1.3 times as many"),
+        ):
             figures = result["summary"]["arms"].get(arm)
             if figures is None:
                 continue
@@ -275,7 +278,12 @@ def ablations() -> str | None:
         fraction, rho2, cost = entries[-1]["lgp_fraction"], statistics.fmean(second_half), pace(arm) / pace("trainer")
         variance = (1 - (1 - fraction) * rho2) / fraction
         rows.append([ARMS[arm], f"{rho2:.2f}", f"{variance:.2f}", f"{cost:.2f}", f"{cost * variance:.2f}"])
-    header = ["what predicts, with a quarter of every batch exact", "ρ², mean over tensors", "variance", "cost of a step"]
+    header = [
+        "what predicts, with a quarter of every batch exact",
+        "ρ², mean over tensors",
+        "variance",
+        "cost of a step",
+    ]
     return table([*header, "price"], rows)
 
 

@@ -54,11 +54,11 @@ from hf_lgp import LGPTrainer, LGPTrainingArguments, probe
 folder = tempfile.mkdtemp()
 args = LGPTrainingArguments(
     folder,
-    num_train_epochs=25,
-    per_device_train_batch_size=32,
-    learning_rate=1e-3,
+    num_train_epochs=20,
+    per_device_train_batch_size=64,
+    learning_rate=2e-3,
     warmup_steps=20,
-    logging_steps=150,
+    logging_steps=46,
     report_to="none",
     save_strategy="no",
     disable_tqdm=True,

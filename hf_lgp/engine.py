@@ -131,6 +131,8 @@ class LGPEngine:
             examples: Size ``m`` of the micro-batch.
             size: Entries of the model's input, the unit of work in which times are compared.
         """
+        if self.path is not None:
+            self.path.attach()
         self.review.begin(self.predictor.ready, examples, size)
 
     def rest(self) -> bool:
@@ -138,8 +140,15 @@ class LGPEngine:
         ready = self.predictor.ready
         if not self.controller.rests(ready):
             return False
-        self.review.end()
+        self.wait()
         self.controller.advance(ready)
+        return True
+
+    def wait(self) -> bool:
+        """Let the next micro-batch pass without counting it; always true."""
+        self.review.end()
+        if self.path is not None and not self.apart:  # compiled code would not notice
+            self.path.detach()
         return True
 
     @property

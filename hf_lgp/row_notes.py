@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention_block import AttentionBlock, BlockRows
 
@@ -60,7 +61,14 @@ class RowNotes:
         self._fresh: set[tuple[str, int]] = set()
         self._branch_calls: dict[nn.Module, int] = {}
         self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks where they belong, if they are not there."""
+        if self._handles:
+            return
+        backbone = self.backbone
         for index, block in enumerate(backbone.blocks):
             module = block.module
             self._handles.append(module.register_forward_pre_hook(partial(self._entering, index), with_kwargs=True))
@@ -73,6 +81,12 @@ class RowNotes:
         self._handles.append(backbone.blocks[-1].module.register_forward_hook(self._left))
         if backbone.patches is not None:
             self._handles.append(backbone.patches.register_forward_hook(self._unfolded))
+
+    def detach(self) -> None:
+        """Take the hooks off, which cost a little even when nothing is noted."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def start(self, total: int) -> None:
         """Forget the last micro-batch and expect rows of ``total`` examples."""
@@ -106,9 +120,7 @@ class RowNotes:
 
     def close(self) -> None:
         """Remove every hook and free the buffers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.detach()
         self.release()
 
     def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:

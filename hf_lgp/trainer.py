@@ -164,7 +164,8 @@ class LGPTrainer(Trainer):
         self._lgp_cost = 1.0
         if self._lgp_settings.control_fraction >= 1.0:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._lgp_engine is not None and (self._lgp_waits or self._lgp_engine.rest()):
+        waiting = self._lgp_engine
+        if waiting is not None and (waiting.wait() if self._lgp_waits else waiting.rest()):
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -181,7 +182,7 @@ class LGPTrainer(Trainer):
         engine = self._lgp_engine
         if not usable or engine is None or self._lgp_waits:
             if engine is not None:
-                engine.review.end()
+                engine.wait()
             self._lgp_steps["exact"] += 1
             return super().training_step(model, inputs, num_items_in_batch)
         assert examples is not None
