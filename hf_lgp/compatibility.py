@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
