@@ -14,6 +14,8 @@ from typing import Any
 
 from common import RESULTS
 
+from hf_lgp.estimator import relative_variance
+
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->"
 
@@ -276,7 +278,7 @@ def ablations() -> str | None:
         entries = [entry for entry in cells[arm]["log"] if "lgp_rho2" in entry]
         second_half = [entry["lgp_rho2"] for entry in entries[len(entries) // 2 :]]
         fraction, rho2, cost = entries[-1]["lgp_fraction"], statistics.fmean(second_half), pace(arm) / pace("trainer")
-        variance = (1 - (1 - fraction) * rho2) / fraction
+        variance = relative_variance(fraction, rho2)
         rows.append([ARMS[arm], f"{rho2:.2f}", f"{variance:.2f}", f"{cost:.2f}", f"{cost * variance:.2f}"])
     header = [
         "what predicts, with a quarter of every batch exact",

@@ -97,7 +97,7 @@ class Controller:
     @property
     def automatic(self) -> bool:
         """Whether the plan is chosen by price."""
-        return self.settings.control_fraction == 0.0
+        return self.settings.automatic
 
     def now(self, ready: bool) -> Plan:
         """The plan of the next micro-batch: exact until the predictor is ready, and now and then to time exact steps."""
@@ -234,9 +234,8 @@ class Controller:
         """Whether to :meth:`review` before the next micro-batch: there is news, or predictions have gone on for a while."""
         if not self.automatic:
             return False
-        first = ready and self._ready_at < 0
         predicting = ready and not self.plan.exact and (self.seen - self._ready_at) % _REVIEW_STEPS == 0
-        return first or predicting or self.seen in self._due
+        return predicting or self.review_presses(ready)
 
     def review_presses(self, ready: bool) -> bool:
         """Whether the review now due is worth waiting for the device: it comes rarely, and much hangs on it."""

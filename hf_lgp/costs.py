@@ -66,12 +66,12 @@ class Costs:
         if plan == REHEARSED:
             return min(readings)
         median = statistics.median(readings)
-        if plan not in (EXACT, OBSERVED) and len(readings) < _ENOUGH:
+        if plan.exact:
+            return median
+        if len(readings) < _ENOUGH:
             exact = self.seconds(EXACT)
             if exact is None or len(readings) < _ENOUGH_IF_DEAR or min(readings) < exact:
                 return None
-        if plan in (EXACT, OBSERVED):
-            return median
         most = min(sorted(readings)[-1 - len(readings) // _RARE], _OUTLIER * median)
         return statistics.fmean(min(reading, most) for reading in readings)
 
@@ -99,8 +99,7 @@ class Costs:
 
     def forget_predictions(self) -> None:
         """Forget what plans with predictions took."""
-        known = (EXACT, OBSERVED, REHEARSED)
-        self._readings = {plan: kept for plan, kept in self._readings.items() if plan in known}
+        self._readings = {p: kept for p, kept in self._readings.items() if p.exact or p == REHEARSED}
 
     def observing(self) -> float:
         """What learning from an exact step adds to it, in exact steps; 1 before it was timed."""

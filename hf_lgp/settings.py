@@ -88,6 +88,11 @@ class LGPSettings:
                 "lower the first or raise the second."
             )
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the control fraction is chosen by price."""
+        return self.control_fraction == 0.0
+
     def resolved(self, on_path: bool) -> LGPSettings:
         """These settings with every 0 that stands for a choice replaced.
 
@@ -97,7 +102,7 @@ class LGPSettings:
             on_path: Whether the class path is followed.
         """
         observe, refit, basis = (8, 16, 16) if on_path else (1, 4, 12)
-        warmup = 128 if on_path and self.control_fraction == 0.0 else 512
+        warmup = 128 if on_path and self.automatic else 512
         return replace(
             self,
             warmup_examples=self.warmup_examples or min(warmup, self.window),

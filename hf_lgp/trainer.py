@@ -210,7 +210,7 @@ class LGPTrainer(Trainer):
     @property
     def _lgp_waits(self) -> bool:
         """Whether it is too early for an automatic choice."""
-        return self._lgp_settings.control_fraction == 0.0 and self.state.global_step < self._lgp_settings.exact_steps
+        return self._lgp_settings.automatic and self.state.global_step < self._lgp_settings.exact_steps
 
     @contextmanager
     def _lgp_sparing_memory(self) -> Iterator[None]:
