@@ -1,15 +1,18 @@
 """Statistical price of a step by phase of training, from measured correlations and measured times.
 
-Reads the result files of ``predictability.py`` and ``step_cost.py`` for the same model and hardware and writes, for each phase
-and a few control fractions, the price ``E = variance * cost`` of formula (2) with the *measured* cost of a step; at fractions that were
+Reads the result files of ``predictability.py`` and ``step_cost.py`` for the same model and writes, for each phase, each way to train plainly that
+was timed and a few control fractions, the price ``E = variance * cost`` of formula (2) with the *measured* cost of a step; at fractions that were
 not timed, control and prediction examples at their measured times plus the measured rest of a step. Plain training has price 1. ``mean over tensors`` weighs
 tensors equally, which is closer to what Adam sees; ``by gradient energy`` weighs them by variance.
+
+Beside these stand the prices that whole runs of ``time_to_accuracy.py`` found by themselves, medians over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from common import RESULTS, write_json
 from hf_lgp.estimator import relative_variance
 
 FRACTIONS = (0.5, 0.25, 0.125, 0.0625)
+LOGGED = ("lgp_price", "lgp_cost", "lgp_fraction", "lgp_rho2_weighted", "lgp_rho2_worst")
 
 
 def costs(cells: list[dict[str, Any]]) -> dict[float, float]:
@@ -45,26 +49,66 @@ def prices(summary: dict[str, Any], cost: dict[float, float]) -> dict[str, Any]:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--predictability", type=Path, default=RESULTS / "predictability.json")
-    parser.add_argument("--step-cost", type=Path, default=RESULTS / "step_cost_cifar_cpu.json")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    measured, cells = json.loads(options.predictability.read_text()), json.loads(options.step_cost.read_text())["cells"]
+def of_baseline(measured: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Prices against one way to train plainly; None if the file is of another model."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     cells = [cell for cell in cells if cell["vit"] == measured["settings"]["vit"] and cell["class_path"]]
-    cost = costs(cells)
-    result = {
-        "sources": [options.predictability.name, options.step_cost.name],
+    if not cells:
+        return None
+    cost, first = costs(cells), cells[0]
+    return {
+        "source": path.name,
+        "precision": "bf16" if first["bf16"] else "fp32",
+        "attention": first["attention"],
+        "exact_step_seconds": round(first["median_seconds"]["exact"], 4),
         "cost_by_fraction": {str(f): round(c, 4) for f, c in cost.items()},
         "measured_fractions": [cell["fraction"] for cell in cells],
         "phases": {phase: prices(summary, cost) for phase, summary in measured["summary"].items()},
     }
+
+
+def logged(path: Path, steps: list[int]) -> dict[str, Any]:
+    """What the automatic mode logged next after the given steps, medians over the seeds of arm ``lgp``."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    runs = [cell["log"] for cell in result["cells"] if cell["arm"] == "lgp"]
+    table = {}
+    for step in steps:
+        entries = [next(entry for entry in run if entry["step"] >= step) for run in runs]
+        table[str(step)] = {
+            **{key: round(statistics.median(entry[key] for entry in entries), 4) for key in LOGGED},
+            "prices": [entry["lgp_price"] for entry in entries],
+        }
+    return {"source": path.name, "vit": result["settings"]["vit"], "seeds": len(runs), "steps": table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--predictability", type=Path, default=RESULTS / "predictability.json")
+    costs_by_default = [RESULTS / "step_cost_cifar_cpu.json", RESULTS / "step_cost_eager_cpu.json"]
+    parser.add_argument("--step-cost", type=Path, nargs="+", default=costs_by_default)
+    parser.add_argument("--runs", type=Path, default=RESULTS / "time_to_accuracy_scratch.json")
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 300, 400, 490])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    measured = json.loads(options.predictability.read_text(encoding="utf-8"))
+    found = (of_baseline(measured, path) for path in options.step_cost)
+    result = {
+        "vit": measured["settings"]["vit"],
+        "predictability": options.predictability.name,
+        "baselines": [baseline for baseline in found if baseline is not None],
+        "logged": logged(options.runs, options.steps),
+    }
     write_json(options.output / "price.json", result)
-    for phase, table in result["phases"].items():
-        for name, row in table.items():
-            print(f"{phase}, {name}: rho2 {row['rho2']}, price {row['price']} at {row['best_fraction']}", flush=True)
-            print("   ", row["price_by_fraction"], flush=True)
+    for baseline in result["baselines"]:
+        for phase, kinds in baseline["phases"].items():
+            for name, row in kinds.items():
+                print(
+                    f"{baseline['precision']} {baseline['attention']}, {phase}, {name}: rho2 {row['rho2']}, "
+                    f"price {row['price']} at {row['best_fraction']}",
+                    flush=True,
+                )
+    for step, row in result["logged"]["steps"].items():
+        print(f"{result['logged']['vit']}, logged after step {step}: {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -171,10 +171,17 @@ class ProfileLastCycle(TrainerCallback):
 
 
 def measure(
-    vit: str, batch: int, fraction: float, cycles: int, bf16: bool, use_cpu: bool, **settings: Any
+    vit: str,
+    batch: int,
+    fraction: float,
+    cycles: int,
+    bf16: bool,
+    attention: str | None,
+    use_cpu: bool,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Time ``cycles`` cycles of basis moves and summarise them as ratios to the exact step."""
-    model = build_vit(vit)
+    model = build_vit(vit, attn_implementation=attention)
     with tempfile.TemporaryDirectory() as folder:
         args = LGPTrainingArguments(
             folder,
@@ -207,6 +214,7 @@ def measure(
             "batch": batch,
             "fraction": fraction,
             "bf16": bf16,
+            "attention": model.config._attn_implementation,
             "steps": len(times),
             "class_path": args.lgp_class_path,
             "observe_steps": chosen.observe_steps,
@@ -241,6 +249,9 @@ def main() -> None:
     parser.add_argument("--refit", type=int, default=0, help="0 for the default")
     parser.add_argument("--name", default="step_cost", help="first part of the result file's name")
     parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
+    parser.add_argument(
+        "--attention", choices=["sdpa", "eager"], help="implementation of attention, transformers' choice by default"
+    )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -254,7 +265,9 @@ def main() -> None:
                 "lgp_observe_steps": options.observe,
                 "lgp_refit_steps": options.refit,
             }
-            cell = measure(vit, options.batch, fraction, options.cycles, not options.fp32, use_cpu, **settings)
+            cell = measure(
+                vit, options.batch, fraction, options.cycles, not options.fp32, options.attention, use_cpu, **settings
+            )
             print(
                 f"{vit} batch {options.batch} fraction {fraction}: step {cell['step_ratio']:.3f} of an exact step = control "
                 f"{cell['control_ratio']:.3f} + forward {cell['forward_ratio']:.3f} + overhead {cell['overhead_ratio']:.3f}; "

@@ -97,10 +97,13 @@ def step_cost() -> str | None:
         ("step_cost_197_cpu", "path and regression"),
         ("step_cost_ridge_cpu", "regression alone"),
         ("step_cost_cifar_cpu", "path and regression"),
+        ("step_cost_eager_cpu", "path and regression"),
+        ("step_cost_145_cpu", "path and regression"),
     ):
         for cell in (read(name) or {"cells": []})["cells"]:
             prediction = cell["prediction_per_example"]
-            model = f"{cell['vit']}, batch {cell['batch']}, {'bf16' if cell['bf16'] else 'fp32'}, {remark}"
+            attention = cell.get("attention", "sdpa")
+            model = f"{cell['vit']}, batch {cell['batch']}, {'bf16' if cell['bf16'] else 'fp32'}, {attention}, {remark}"
             fraction = f"{cell['fraction']:g}"
             numbers = [cell["step_ratio"], cell["control_ratio"], cell["forward_ratio"], cell["overhead_ratio"]]
             rows.append([model, fraction, *(f"{n:.2f}" for n in numbers), f"{prediction:.2f}" if prediction else "n/a"])
@@ -118,18 +121,23 @@ def step_cost() -> str | None:
 
 
 def price() -> str | None:
-    """Price by phase."""
+    """Price by phase, against each way to train plainly and as runs found it."""
     result = read("price")
     if result is None:
         return None
     rows = []
-    for phase, kinds in result["phases"].items():
-        cells = (f"{kind['price']:.2f} at {kind['best_fraction']:g}" for kind in kinds.values())
-        rows.append([phase, *cells])
-    return table(
-        ["price (variance times cost, plain training is 1) at the best fraction", "mean over tensors", "by energy"],
-        rows,
-    )
+    for baseline in result["baselines"]:
+        plain = f"{result['vit']}, {baseline['precision']}, {baseline['attention']} attention"
+        for phase, kinds in baseline["phases"].items():
+            cells = (f"{kind['price']:.2f} at {kind['best_fraction']:g}" for kind in kinds.values())
+            rows.append([plain, phase, *cells])
+    logged = result["logged"]
+    for step, entry in logged["steps"].items():
+        single = entry["prices"]
+        found = f"{entry['lgp_price']:.2f} at {entry['lgp_fraction']:g} ({min(single):.2f} to {max(single):.2f})"
+        rows.append([f"{logged['vit']}, as {logged['seeds']} runs logged it", f"after step {step}", found, ""])
+    header = "price (variance times cost, plain training is 1) at the best fraction"
+    return table([header, "phase", "mean over tensors", "by energy"], rows)
 
 
 def worth() -> str | None:

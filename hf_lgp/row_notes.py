@@ -123,7 +123,7 @@ class RowNotes:
         self.detach()
         self.release()
 
-    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> None:
         key, shape = (name, index), (self._total, *values.shape[1:])
         dtype = dtype or values.dtype
         buffer = self._kept.get(key)
@@ -131,10 +131,8 @@ class RowNotes:
             buffer = self._kept[key] = torch.empty(shape, dtype=dtype, device=values.device)
         if name == "bias" and key not in self._fresh:
             buffer.zero_()  # a forward without a mask notes none
-        kept = buffer[self._rows]
-        kept.copy_(values)
+        buffer[self._rows].copy_(values)
         self._fresh.add(key)
-        return kept
 
     def _get(self, name: str, index: int) -> Tensor | None:
         return self._kept[name, index] if (name, index) in self._fresh else None
@@ -152,19 +150,20 @@ class RowNotes:
             hidden: The rows, shape ``(b, T, D)``.
 
         Returns:
-            The chosen rows after the norm without its affine map, in the dtype of the path's products.
+            The chosen rows after the norm without its affine map; the next call overwrites them.
         """
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
         normalised, spread = self._normalise(hidden, block.norm_before.eps)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        kept = self._keep("normalised", index, normalised, compute_dtype(hidden))
+        # Kept without the class row: batched products copy a tensor that is not contiguous every time.
+        self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], wide)
         self._keep("spread", index, spread[:, 1:])
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
-        return kept
+        return normalised
 
     def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
@@ -242,7 +241,7 @@ class RowNotes:
 
     def others(self, index: int) -> Tensor:
         """The normalised rows behind the class row that entered a block, shape ``(m, T - 1, D)``."""
-        return self._kept["normalised", index][:, 1:]
+        return self._kept["others", index]
 
     def note_leaving(self, row: Tensor) -> None:
         """Note the class row that leaves the last block, shape ``(b, D)``."""
