@@ -38,6 +38,10 @@ test: $(STAMP) ## run the test suite
 test-slow: $(STAMP) ## run the longer checks
 	$(PY) -m pytest -m slow
 
+.PHONY: commands
+commands: $(STAMP) ## run the commands of README, docs and examples as written, those that need no network
+	$(PY) -m pytest -m commands
+
 .PHONY: package
 package: $(STAMP) ## build sdist and wheel and try them in an empty environment
 	VENV=$(VENV) PYTHON=$(PYTHON) bash .ci/package

@@ -98,7 +98,7 @@ def finetune(options: argparse.Namespace) -> Task:
     stem = f"pretrained-{options.vit}-{int(known.sum())}-{options.pretrain_epochs}"
     cached = scratch_folder(options) / f"{stem}.pt"
     if not cached.is_file():
-        model = build_vit(options.vit, labels=5, seed=1000)
+        model = build_vit(options.vit, labels=5, seed=1000, attn_implementation=options.attention)
         arguments = training_arguments(options, 1000, learning_rate=1e-3, num_train_epochs=options.pretrain_epochs)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
