@@ -4,10 +4,13 @@
 #     "hf-lgp",
 #     "scikit-learn",
 # ]
+#
+# [tool.uv.sources]
+# hf-lgp = { path = "..", editable = true }
 # ///
 """The one-word swap, side by side: the same model, data and arguments under ``Trainer`` and under ``LGPTrainer``.
 
-python examples/swap.py
+Run it by ``python examples/swap.py``.
 """
 
 from __future__ import annotations

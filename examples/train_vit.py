@@ -3,6 +3,9 @@
 # dependencies = [
 #     "hf-lgp[examples]",
 # ]
+#
+# [tool.uv.sources]
+# hf-lgp = { path = "..", editable = true }
 # ///
 """Train or fine-tune an image classifier with predicted gradients.
 

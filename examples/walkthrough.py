@@ -3,10 +3,13 @@
 # dependencies = [
 #     "hf-lgp[examples,plots]",
 # ]
+#
+# [tool.uv.sources]
+# hf-lgp = { path = "..", editable = true }
 # ///
 """A walk through hf_lgp in cells, for an editor that runs ``# %%`` cells one by one, or from top to bottom.
 
-python examples/walkthrough.py
+Run it by ``python examples/walkthrough.py``.
 """
 
 # ruff: noqa: E402

@@ -139,7 +139,7 @@ def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
     if coverage := series(readings, "lgp_coverage")[1]:
         lines.append(f"trainable parameters below the head whose gradients can be predicted: {coverage[-1]:.1%}")
     if nonfinite := series(readings, "lgp_nonfinite")[1]:
-        lines.append(f"steps whose predictions were dropped because they were not finite: {nonfinite[-1]:.0f}")
+        lines.append(f"micro-batches whose predictions were left out because they were not finite: {nonfinite[-1]:.0f}")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -108,7 +108,7 @@ class LGPTrainer(Trainer):
                 return unwrapped(**few)
 
         if settings.head:
-            name, head = settings.head, named_head(unwrapped, settings.head)
+            name, head = settings.head, named_head(unwrapped, settings.head, probe)
         else:
             name, head = find_head(unwrapped, probe)
         engine = LGPEngine(unwrapped, head, settings, self.args.device, apart=self.args.torch_compile)
@@ -315,7 +315,7 @@ class LGPTrainer(Trainer):
             logs.update({f"lgp_{name}": value for name, value in figures.items()})
             if (fresh := figures["nonfinite"] - self._lgp_nonfinite_seen) > 0:
                 logger.warning(
-                    f"{int(fresh)} steps had non-finite predictions; they used exact gradients of their control examples alone."
+                    f"{int(fresh)} micro-batches had predictions that were not finite; these were left out of the gradient."
                 )
                 self._lgp_nonfinite_seen = figures["nonfinite"]
             if ended and self.is_world_process_zero():

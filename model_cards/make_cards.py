@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -89,7 +90,7 @@ def keep(name: str, output: Path) -> None:
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     card = ModelCard.load(output / "README.md")
     card.data = metadata(name, card.data, log)
-    card.text = with_run(name, card.text, results)
+    card.text = with_run(name, with_origin(name, card.text), results)
     card.save(target / "README.md")
     if (output / "lgp.png").is_file():
         shutil.copy(output / "lgp.png", target)
@@ -110,6 +111,22 @@ def metadata(name: str, found: ModelCardData, log: list[dict[str, Any]]) -> Mode
     return found
 
 
+ORIGIN = re.compile(
+    r"This model (?:is a fine-tuned version of \[(.*?)\]\(\S*\)|was trained from scratch) on an unknown dataset\."
+)
+"""What the trainer can say of a model that was given as folders: neither exists on the Hub."""
+
+
+def with_origin(name: str, text: str) -> str:
+    """The card's text with the model's beginnings and data set by name."""
+
+    def named(found: re.Match[str]) -> str:
+        before = f"is `{Path(found[1]).name}`, fine-tuned" if found[1] else "was trained from scratch"
+        return f"This model {before} on {RUNS[name][0]}."
+
+    return ORIGIN.sub(named, text)
+
+
 def with_run(name: str, text: str, results: dict[str, Any]) -> str:
     """The card's text with the run's command, hardware and time."""
     seconds = duration(results["metrics"]["train_runtime"])
@@ -117,7 +134,7 @@ def with_run(name: str, text: str, results: dict[str, Any]) -> str:
         "## How it was trained",
         f"```bash\n{results['command']}\n```",
         f"In the repository of hf_lgp, {'with CIFAR-10 as parquet files in `cifar10`, ' if 'cifar10/' in results['command'] else ''}on "
-        f"{results['environment']['device']}, in {seconds}.",
+        f"{results['environment']['device']}, in {seconds}. The weights are not published: the command makes them.",
     ]
     other = HERE / SAME_TASK.get(name, "none") / "results.json"
     if other.is_file():

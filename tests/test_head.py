@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import TinyImages, tiny_vit
 from torch import Tensor, nn
+from transformers import BertConfig, BertForTokenClassification
 
 from hf_lgp.head import HeadNotFoundError, find_head, named_head
 
@@ -45,8 +46,25 @@ def test_outputs_without_logits_are_an_error() -> None:
 
 def test_a_named_head_must_exist_and_be_linear() -> None:
     model = tiny_vit()
-    assert named_head(model, "classifier") is model.classifier
+
+    def forward() -> object:
+        return model(TinyImages(2).pixels)
+
+    assert named_head(model, "classifier", forward) is model.classifier
+    assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(HeadNotFoundError, match=r"does not exist.*classifier"):
-        named_head(model, "score")
+        named_head(model, "score", forward)
     with pytest.raises(HeadNotFoundError, match="is a ViTModel"):
-        named_head(model, "vit")
+        named_head(model, "vit", forward)
+    with pytest.raises(HeadNotFoundError, match="takes no part"):
+        named_head(model, "classifier", lambda: None)
+    with pytest.raises(HeadNotFoundError, match="one row per example"):
+        named_head(model, "vit.layers.0.mlp.fc1", forward)
+
+
+def test_a_head_over_tokens_is_refused() -> None:
+    model = BertForTokenClassification(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    with pytest.raises(HeadNotFoundError, match=r"\(2, 5, 2\).*label tokens.*lgp_control_fraction=1"):
+        find_head(model, lambda: model(torch.zeros(2, 5, dtype=torch.long)))
