@@ -331,6 +331,7 @@ TASKS = {
 ARMS = {
     "trainer": "`Trainer`",
     "lgp": "`LGPTrainer`, automatic",
+    "soon": "the same with predictions after 20 steps instead of 100",
     "early": "the same with predictions from the start and a variance budget of 1.5",
     "early-longer": "that, with 1.3 times as many epochs",
     "f=0.5": "half exact",
