@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 from tiny import TinyImages, tiny_vit
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
