@@ -43,12 +43,15 @@ CASES: dict[str, dict[str, Any]] = {
     "path alone": {"ridge": False},
     # transformers computes the softmax of eager attention in float32
     "eager attention": {"model": {"attn_implementation": "eager"}, "tolerance": 1e-4},
+    # exact and predicted examples take different ways through the layers, which have to agree but for rounding
+    "bf16": {"dtype": torch.float32, "arguments": {"bf16": True}, "tolerance": 0.04, "floor": 1e-2},
 }
 
 
 def fitted_trainer(case: dict[str, Any], folder: Path, **settings: Any) -> tuple[LGPTrainer, TinyImages]:
     """A trainer whose predictor was fitted on exact steps, with the parameters held still."""
-    data = TinyImages(48, case.get("labels", "class"))
+    dtype = case.get("dtype", torch.float64)
+    data = TinyImages(48, case.get("labels", "class"), dtype=dtype)
     arguments = LGPTrainingArguments(
         str(folder),
         use_cpu=True,
@@ -67,7 +70,7 @@ def fitted_trainer(case: dict[str, Any], folder: Path, **settings: Any) -> tuple
         **case.get("arguments", {}),
         **settings,
     )
-    model = tiny_classifier(case.get("family", "vit"), **case.get("model", {}))
+    model = tiny_classifier(case.get("family", "vit"), dtype=dtype, **case.get("model", {}))
     trainer = LGPTrainer(model, arguments, train_dataset=data, **case.get("trainer", {}))
     trainer._lgp_close = lambda: None  # type: ignore[method-assign]  # keep the fitted predictor after training
     trainer.train()
@@ -118,12 +121,11 @@ def test_mean_over_every_draw_is_the_full_gradient(
         mean = torch.stack([draw[parameter] for draw in draws]).mean(0)
         spread = torch.stack([draw[parameter] for draw in draws]).std(0).norm()
         # The floor is for key biases: softmax is blind to them and their gradient is rounding.
-        error = (mean - expected).norm() / expected.norm().clamp(min=1e-4)
+        error = (mean - expected).norm() / expected.norm().clamp(min=CASES[name].get("floor", 1e-4))
         assert error < CASES[name].get("tolerance", 1e-10), f"{parameter}: {error}"
         if "classifier" in parameter:
-            assert spread < max(1e-12, 1e-2 * CASES[name].get("tolerance", 0.0)), (
-                "the head's gradient is exact in every draw"
-            )
+            allowed = CASES[name].get("tolerance", 1e-12) * expected.norm().clamp(min=1.0)
+            assert spread < allowed, "the head's gradient is exact in every draw"
     trainer._lgp_engine.close()
 
 
