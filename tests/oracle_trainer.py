@@ -172,6 +172,7 @@ def recorded(kind: type[Trainer], case: Case, folder: Path, **more: Any) -> tupl
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
+        "ddp_broadcast_buffers": False,  # written in place, while the oracle still holds a graph
         **loss.get("arguments", {}),
         **more,
     }

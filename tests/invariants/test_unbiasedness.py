@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     # what the controller follows where the regression adds too little
     "path alone": {"ridge": False},
     # transformers computes the softmax of eager attention in float32
-    "eager attention": {"model": {"attn_implementation": "eager"}, "tolerance": 1e-4},
+    "eager attention": {"model": {"attn_implementation": "eager"}, "tolerance": 1e-4, "floor": 1e-3},
     # exact and predicted examples take different ways through the layers, which have to agree but for rounding
     "bf16": {"dtype": torch.float32, "arguments": {"bf16": True}, "tolerance": 0.04, "floor": 1e-2},
 }
