@@ -196,14 +196,22 @@ def robustness() -> str | None:
     return table(["", "figure"], rows)
 
 
+def seeds_of(figures: dict[str, Any]) -> str:
+    """How many seeds an arm has."""
+    count = len(figures["seeds"])
+    return f"{count} seed{'s' * (count != 1)}"
+
+
 def _ratio(figures: dict[str, Any]) -> str:
     """A median ratio with the single ones' range."""
     single = [value for value in figures["ratios"].values() if value is not None]
     missed = len(figures["ratios"]) - len(single)
     if figures["median_ratio"] is None:
         return f"not reached by {missed} of {len(figures['ratios'])}"
-    spread = f"{min(single):.2f} to {max(single):.2f}" + f", not reached by {missed}" * (missed > 0)
-    return f"{figures['median_ratio']:.2f} ({spread})"
+    spread = [f"{min(single):.2f} to {max(single):.2f}"] * (len(single) > 1) + [f"not reached by {missed}"] * (
+        missed > 0
+    )
+    return f"{figures['median_ratio']:.2f}" + f" ({', '.join(spread)})" * bool(spread)
 
 
 def time_to_accuracy() -> str | None:
@@ -218,6 +226,7 @@ def time_to_accuracy() -> str | None:
         plain = result["summary"]["arms"]["trainer"]["final_accuracy"]
         for arm, epochs in (
             ("lgp", "as many epochs"),
+            ("soon", "as many epochs, `lgp_exact_steps=20`"),
             ("early-longer", "predictions from the start, 1.3 times as many"),
         ):
             figures = result["summary"]["arms"].get(arm)
@@ -227,7 +236,7 @@ def time_to_accuracy() -> str | None:
             error = final["standard_error"]
             rows.append(
                 [
-                    f"{task}, {epochs}, {len(figures['seeds'])} seeds",
+                    f"{task}, {epochs}, {seeds_of(figures)}",
                     _ratio(figures["total_seconds"]),
                     f"{plain['mean']:.1%} ± {plain['standard_deviation']:.1%}",
                     f"{final['difference']:+.1%}" + (f" ± {error:.1%}" if error is not None else ""),
@@ -246,7 +255,16 @@ def time_to_accuracy() -> str | None:
 
 def arms() -> str | None:
     """All arms of the task from scratch."""
-    result = read("time_to_accuracy_scratch")
+    return _arms("time_to_accuracy_scratch", "from scratch")
+
+
+def arms_of_finetuning() -> str | None:
+    """All arms of the fine-tuning task."""
+    return _arms("time_to_accuracy_finetune", "fine-tuning")
+
+
+def _arms(name: str, task: str) -> str | None:
+    result = read(name)
     if result is None:
         return None
     rows = []
@@ -263,7 +281,7 @@ def arms() -> str | None:
                 f"{figures['peak_memory_mib']:,.0f}",
             ]
         )
-    header = ["arm", "seeds", f"time to {result['summary']['primary_target']}", "time of equally many epochs"]
+    header = [f"arm, {task}", "seeds", f"time to {result['summary']['primary_target']}", "time of equally many epochs"]
     return table([*header, "final accuracy", "at half of Trainer's time, against it", "peak memory, MiB"], rows)
 
 
@@ -350,7 +368,17 @@ HALF_TIME = "50% of Trainer's time"
 
 TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [time_to_accuracy, no_gain],
-    "docs/measurements.md": [arms, ablations, predictability, wider, extra_variance, step_cost, price, worth],
+    "docs/measurements.md": [
+        arms,
+        arms_of_finetuning,
+        ablations,
+        predictability,
+        wider,
+        extra_variance,
+        step_cost,
+        price,
+        worth,
+    ],
     "docs/robustness.md": [robustness],
 }
 
