@@ -6,6 +6,12 @@ from dataclasses import dataclass, fields, replace
 
 from .regression import KERNELS, Kernel
 
+_MOST_EXACT_STEPS = 100
+"""Optimizer steps at the start that are exact in a long run."""
+
+_EXACT_PART = 10
+"""In a run shorter than so many times that, so many-th part of it is."""
+
 
 @dataclass(frozen=True)
 class LGPSettings:
@@ -17,7 +23,8 @@ class LGPSettings:
         variance_budget: Largest variance of the gradient, relative to the exact one, that an automatic control fraction may cause; 0
             for no limit.
         exact_steps: Optimizer steps at the start that are exact, whatever the price, before an automatic control fraction: gradients are largest
-            there, and Adam remembers their noise for a thousand steps. A fixed fraction begins when the predictor is ready.
+            there, and Adam remembers their noise for a thousand steps. None for a tenth of the run, 100 at most. A fixed fraction
+            begins when the predictor is ready.
         window: Number of recent exact examples the regression is fitted on.
         rank: Basis vectors per side of a weight matrix's factored coordinates.
         kernel: ``"linear"`` or ``"rbf"``.
@@ -40,7 +47,7 @@ class LGPSettings:
 
     control_fraction: float = 0.0
     variance_budget: float = 1.25
-    exact_steps: int = 100
+    exact_steps: int | None = None
     window: int = 2048
     rank: int = 16
     kernel: Kernel = "rbf"
@@ -69,8 +76,10 @@ class LGPSettings:
         for name in ("window", "rank", "memory_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`lgp_{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.exact_steps < 0:
-            raise ValueError(f"`lgp_exact_steps` must not be negative, got {self.exact_steps}.")
+        if self.exact_steps is not None and self.exact_steps < 0:
+            raise ValueError(
+                f"`lgp_exact_steps` must not be negative, got {self.exact_steps}. Leave it out to have it chosen."
+            )
         for name in ("warmup_examples", "observe_steps", "refit_steps", "basis_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`lgp_{name}` must be at least 1, or 0 to choose, got {getattr(self, name)}.")
@@ -92,6 +101,10 @@ class LGPSettings:
     def automatic(self) -> bool:
         """Whether the control fraction is chosen by price."""
         return self.control_fraction == 0.0
+
+    def exact_steps_of(self, steps: int) -> int:
+        """Optimizer steps at the start of a run of so many that are exact before an automatic control fraction."""
+        return min(steps // _EXACT_PART, _MOST_EXACT_STEPS) if self.exact_steps is None else self.exact_steps
 
     def resolved(self, on_path: bool) -> LGPSettings:
         """These settings with every 0 that stands for a choice replaced.

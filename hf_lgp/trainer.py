@@ -210,7 +210,8 @@ class LGPTrainer(Trainer):
     @property
     def _lgp_waits(self) -> bool:
         """Whether it is too early for an automatic choice."""
-        return self._lgp_settings.automatic and self.state.global_step < self._lgp_settings.exact_steps
+        settings, state = self._lgp_settings, self.state
+        return settings.automatic and state.global_step < settings.exact_steps_of(state.max_steps)
 
     @contextmanager
     def _lgp_sparing_memory(self) -> Iterator[None]:

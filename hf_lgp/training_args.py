@@ -32,11 +32,11 @@ class LGPTrainingArguments(TrainingArguments):
             "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause. 0: no limit."
         },
     )
-    lgp_exact_steps: int = field(
-        default=100,
+    lgp_exact_steps: int | None = field(
+        default=None,
         metadata={
             "help": "Optimizer steps at the start that are exact before the automatic choice begins: gradients are largest there, and "
-            "Adam remembers their noise. A fixed fraction begins as soon as it can."
+            "Adam remembers their noise. Default: a tenth of the run, 100 at most. A fixed fraction begins as soon as it can."
         },
     )
     lgp_window: int = field(

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.costs import OBSERVED, REHEARSED
+from hf_lgp.engine import LGPEngine
 from hf_lgp.plans import EXACT, Plan
 from hf_lgp.stopwatch import Stopwatch
 
@@ -116,6 +117,21 @@ def test_the_first_steps_are_exact_whatever_the_price(tmp_path: Path, seconds: d
     assert {entry["lgp_window"] for entry in logs(trainer)} == {0.0}, "nothing was observed"
     trainer = run(tmp_path, max_steps=48, **settings)
     assert trainer._lgp_steps["exact"] >= 40 and trainer._lgp_steps["predicted"] > 20
+
+
+def test_by_default_a_tenth_of_a_short_run_begins_exactly(
+    tmp_path: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name, method in (("wait", LGPEngine.wait), ("begin", LGPEngine.begin)):
+
+        def noted(*args: Any, name: str = name, method: Any = method) -> Any:
+            calls.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(LGPEngine, name, noted)
+    trainer = run(tmp_path, max_steps=120, lgp_exact_steps=None, lgp_variance_budget=0.0)
+    assert calls.index("begin") == 12 and trainer._lgp_steps["predicted"] > 60
 
 
 def test_where_predictions_alone_are_dear_nothing_is_learnt(

@@ -97,6 +97,12 @@ def test_every_setting_can_be_read_from_arguments() -> None:
     assert not any(value == defaults[name] for name, value in values.items()), "a default proves nothing"
 
 
+def test_a_tenth_of_a_short_run_begins_exactly() -> None:
+    assert [LGPSettings().exact_steps_of(steps) for steps in (5, 60, 375, 1000, 100_000)] == [0, 6, 37, 100, 100]
+    assert LGPSettings(exact_steps=0).exact_steps_of(1000) == 0
+    assert LGPSettings(exact_steps=300).exact_steps_of(200) == 300
+
+
 def test_zero_leaves_the_choice_to_whether_there_is_a_path() -> None:
     def chosen(on_path: bool, **values: Any) -> tuple[int, ...]:
         settings = LGPSettings(**values).resolved(on_path)
