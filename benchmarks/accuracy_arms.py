@@ -86,7 +86,7 @@ _EARLY: dict[str, Any] = {"lgp_exact_steps": 0, "lgp_variance_budget": 1.5}
 ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "trainer": (Trainer, {}),
     "lgp": (LGPTrainer, {}),
-    "soon": (LGPTrainer, {"lgp_exact_steps": 20}),
+    "exact-100": (LGPTrainer, {"lgp_exact_steps": 100}),
     "early": (LGPTrainer, _EARLY),
     "early-longer": (LGPTrainer, _EARLY),
     "f=0.5": (LGPTrainer, {"lgp_control_fraction": 0.5}),

@@ -226,7 +226,7 @@ def time_to_accuracy() -> str | None:
         plain = result["summary"]["arms"]["trainer"]["final_accuracy"]
         for arm, epochs in (
             ("lgp", "as many epochs"),
-            ("soon", "as many epochs, `lgp_exact_steps=20`"),
+            ("exact-100", "as many epochs, the first 100 steps exact"),
             ("early-longer", "predictions from the start, 1.3 times as many"),
         ):
             figures = result["summary"]["arms"].get(arm)
