@@ -80,15 +80,12 @@ class PathAlone(LGPTrainer):
         return engine
 
 
-_EARLY: dict[str, Any] = {"lgp_exact_steps": 0, "lgp_variance_budget": 1.5}
-"""Predictions from the first steps on, and more noise than the default allows."""
-
 ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "trainer": (Trainer, {}),
     "lgp": (LGPTrainer, {}),
     "exact-100": (LGPTrainer, {"lgp_exact_steps": 100}),
-    "early": (LGPTrainer, _EARLY),
-    "early-longer": (LGPTrainer, _EARLY),
+    "early": (LGPTrainer, {"lgp_exact_steps": 0}),
+    "longer": (LGPTrainer, {}),
     "f=0.5": (LGPTrainer, {"lgp_control_fraction": 0.5}),
     "f=0.25": (LGPTrainer, {"lgp_control_fraction": 0.25}),
     "f=0.125": (LGPTrainer, {"lgp_control_fraction": 0.125}),
@@ -98,5 +95,5 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "label-only": (LabelOnly, {"lgp_control_fraction": 0.25, "lgp_class_path": False}),
 }
 
-EPOCHS: dict[str, float] = {"early-longer": 1.3}
+EPOCHS: dict[str, float] = {"longer": 1.1}
 """Arms that train for so many times the epochs of the others, on a schedule stretched alike: their steps are cheaper."""
