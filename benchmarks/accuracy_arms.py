@@ -83,7 +83,6 @@ class PathAlone(LGPTrainer):
 ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "trainer": (Trainer, {}),
     "lgp": (LGPTrainer, {}),
-    "exact-100": (LGPTrainer, {"lgp_exact_steps": 100}),
     "early": (LGPTrainer, {"lgp_exact_steps": 0}),
     "longer": (LGPTrainer, {}),
     "f=0.5": (LGPTrainer, {"lgp_control_fraction": 0.5}),

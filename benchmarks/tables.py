@@ -349,7 +349,6 @@ ARMS = {
     "trainer": "`Trainer`",
     "lgp": "`LGPTrainer`, automatic",
     "longer": "the same, with 1.1 times as many epochs",
-    "exact-100": "automatic, the first 100 steps exact",
     "early": "automatic, predictions from the start",
     "f=0.5": "half exact",
     "f=0.25": "a quarter exact",

@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields, replace
 
 from .regression import KERNELS, Kernel
 
-_MOST_EXACT_STEPS = 100
-"""Optimizer steps at the start that are exact in a long run."""
+_EXACT_SHARE = 10
+"""A run begins with exact steps: one in so many of its optimizer steps, ..."""
 
-_EXACT_PART = 10
-"""In a run shorter than so many times that, so many-th part of it is."""
+_MOST_EXACT_STEPS = 100
+"""... and at most so many."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ class LGPSettings:
         return self.control_fraction == 0.0
 
     def exact_steps_of(self, steps: int) -> int:
-        """Optimizer steps at the start of a run of so many that are exact before an automatic control fraction."""
-        return min(steps // _EXACT_PART, _MOST_EXACT_STEPS) if self.exact_steps is None else self.exact_steps
+        """Optimizer steps that are exact before an automatic control fraction.
+
+        Args:
+            steps: Optimizer steps of the whole run.
+        """
+        return min(steps // _EXACT_SHARE, _MOST_EXACT_STEPS) if self.exact_steps is None else self.exact_steps
 
     def resolved(self, on_path: bool) -> LGPSettings:
         """These settings with every 0 that stands for a choice replaced.
