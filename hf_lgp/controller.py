@@ -150,10 +150,13 @@ class Controller:
         # Not even if everything were explained.
         least = min(map(self.costs.relative, self._candidates()), default=math.inf)
         self._hopeless = known and least > HYSTERESIS
-        spent, share = self.costs.observing(), _LOOKING_SHARE
-        if self._hopeless:  # such a look is followed by another trial
-            share = _HOPELESS_SHARE
-            spent += _TRIAL_STEPS[0] * min(max(least - 1.0, 0.1), 10.0)
+        # A look is followed by another trial of what did not pay, if it should by the rehearsal.
+        retried = (plan for plan in self.costs.timed if self._price(plan, self.costs.expected(plan)) < HYSTERESIS)
+        lost = max((self._price(plan, self.costs.relative(plan)) - 1.0 for plan in retried), default=0.0)
+        steps, share = _TRIAL_STEPS[-1], _LOOKING_SHARE
+        if self._hopeless:
+            lost, steps, share = max(least - 1.0, 0.1), _TRIAL_STEPS[0], _HOPELESS_SHARE
+        spent = self.costs.observing() + steps * min(max(lost, 0.0), 10.0)
         # An odd number: over the micro-batches of an optimizer step, of which the last is the dearest, looks take turns.
         self._look_steps = 1 + _REVIEW_STEPS * max(1, math.ceil(spent / share / _REVIEW_STEPS))
 
@@ -211,7 +214,7 @@ class Controller:
         """
         looked = self.automatic and ready and self.plan.exact and self.observes(ready)
         news = looked or self.rehearses(ready)
-        if looked and self._hopeless:
+        if looked:
             self.costs.forget_predictions()  # the machine may have been busy when they were timed: they get another trial
         self._observed += not ready and self.observes(ready)
         if ready and self._ready_at < 0:
@@ -291,7 +294,10 @@ class Controller:
     @property
     def price(self) -> float:
         """Price of the present plan by the figures of the last review; plain training has price 1."""
-        return price_of(self.plan, self.costs.relative(self.plan), self.explained.share, self._usual)
+        return self._price(self.plan, self.costs.relative(self.plan))
+
+    def _price(self, plan: Plan, cost: float) -> float:
+        return price_of(plan, cost, self.rho2[plan.ridge].share, self._usual)
 
     @property
     def explained(self) -> Explained:

@@ -30,10 +30,10 @@ _ENOUGH_IF_DEAR = 4
 """The same where none of them is below the time of an exact step."""
 
 _OUTLIER = 5.0
-"""Readings beyond so many medians are the machine's, not the plan's."""
+"""Readings beyond so many medians are the machine's or a callback's, not the plan's: one of them counts for nothing, others as that much."""
 
 _RARE = 24
-"""Nor are the largest of so many: a callback, a new epoch. What a plan itself does now and then comes more often."""
+"""Nor are the largest of so many: a new epoch. What a plan itself does now and then comes more often."""
 
 _PREDICTION = 0.4
 """A prediction in units of an exact example, where none was timed: a forward pass and a little more."""
@@ -72,7 +72,8 @@ class Costs:
             exact = self.seconds(EXACT)
             if exact is None or len(readings) < _ENOUGH_IF_DEAR or min(readings) < exact:
                 return None
-        most = min(sorted(readings)[-1 - len(readings) // _RARE], _OUTLIER * median)
+        foreign = max(len(readings) // _RARE, int(max(readings) > _OUTLIER * median))
+        most = min(sorted(readings)[-1 - foreign], _OUTLIER * median)
         return statistics.fmean(min(reading, most) for reading in readings)
 
     @property
@@ -88,14 +89,18 @@ class Costs:
         exact = self.seconds(EXACT)
         known = {other: self.seconds(other) or 0.0 for other in self.timed}
         if exact is None or not known:
-            rehearsed = self.seconds(REHEARSED)
-            prediction = _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
-            return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
+            return self.expected(plan)
         if plan in known:
             return known[plan] / exact
         nearest = min(known, key=lambda other: (other.ridge != plan.ridge, abs(other.fraction - plan.fraction)))
         ridge = _RIDGE * (plan.ridge - nearest.ridge)
         return known[nearest] / exact + _SLOPE * (plan.fraction - nearest.fraction) + ridge
+
+    def expected(self, plan: Plan) -> float:
+        """Cost of a plan in exact steps as it looks before any was timed: from the rehearsal, or from operation counts without one."""
+        exact, rehearsed = self.seconds(EXACT), self.seconds(REHEARSED)
+        prediction = _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
+        return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
 
     def forget_predictions(self) -> None:
         """Forget what plans with predictions took."""

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import TinyImages, hooks_of, tiny_vit
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
-from hf_lgp.costs import OBSERVED, REHEARSED
+from hf_lgp.costs import OBSERVED, REHEARSED, Costs
 from hf_lgp.engine import LGPEngine
 from hf_lgp.plans import EXACT, Plan
 from hf_lgp.stopwatch import Stopwatch
@@ -36,7 +36,9 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return costs
 
 
-def run(folder: Path, data: Any = None, resume: Path | None = None, **settings: Any) -> LGPTrainer:
+def run(
+    folder: Path, data: Any = None, resume: Path | None = None, callbacks: Any = None, **settings: Any
+) -> LGPTrainer:
     arguments = LGPTrainingArguments(
         str(folder),
         **{
@@ -56,7 +58,8 @@ def run(folder: Path, data: Any = None, resume: Path | None = None, **settings: 
         },
     )
     model = tiny_vit(torch.float32)
-    trainer = LGPTrainer(model, arguments, train_dataset=data or TinyImages(64, dtype=torch.float32))
+    data = data or TinyImages(64, dtype=torch.float32)
+    trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert hooks_of(model) == 0
     return trainer
@@ -171,6 +174,37 @@ class Unlearnable(TinyImages):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {**super().__getitem__(index), "labels": torch.tensor(index * 7919 % 3)}
+
+
+def test_what_a_callback_does_with_the_model_is_no_part_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, readings = [0.0], []
+
+    def tick() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step % 3 == 0:
+                with torch.no_grad():
+                    model(TinyImages(2, dtype=torch.float32)[0]["pixel_values"][None])
+                clock[0] += 1000.0
+
+    record = Costs.record
+
+    def noted(self: Costs, plan: Plan, seconds: float) -> None:
+        readings.append(seconds)
+        record(self, plan, seconds)
+
+    monkeypatch.setattr("hf_lgp.stopwatch.time.perf_counter", tick)
+    monkeypatch.setattr(Costs, "record", noted)
+    # By this clock all micro-batches take as long: without a rehearsal that finds it out, predictions are tried.
+    monkeypatch.setattr("hf_lgp.controller.Controller.rehearses", lambda self, ready: False)
+    trainer = run(tmp_path, callbacks=[Evaluates()], lgp_variance_budget=0.0)
+    assert trainer._lgp_steps["predicted"] > 0
+    assert len(readings) > 20 and max(readings) < 1000.0 / (8 * 64)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

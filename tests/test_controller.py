@@ -9,7 +9,7 @@ import pytest
 
 from hf_lgp.controller import Controller
 from hf_lgp.costs import OBSERVED, REHEARSED
-from hf_lgp.plans import EXACT, Explained, Plan
+from hf_lgp.plans import EXACT, Explained, Plan, variance_of
 from hf_lgp.settings import LGPSettings
 
 
@@ -327,6 +327,40 @@ def test_what_was_found_too_dear_gets_another_trial_after_a_long_time() -> None:
     assert 1500 <= steps <= 3000, "trials of seven dear steps in so many are not felt"
     decisions.advance(True)
     assert decisions.review_due(True) and decisions.review([], explained(0.95, 0.95)) and not decisions.plan.exact
+
+
+def test_a_plan_that_was_tried_on_a_busy_machine_gets_another_trial_at_the_next_look() -> None:
+    decisions = automatic()
+    until_review(decisions)
+    decisions.review([*readings((EXACT, 1.0), (OBSERVED, 1.1)), (REHEARSED, 10.0, 0.4)], explained(0.9, 0.9))
+    tried = decisions.plan
+    decisions.review(readings((tried, 0.95)), explained(0.9, 0.9))
+    assert decisions.plan == EXACT and not tried.exact
+    steps = 0
+    while not decisions.observes(True):
+        decisions.advance(True)
+        steps += 1
+    assert steps <= 16
+    decisions.advance(True)
+    assert decisions.review_due(True) and decisions.review([], explained(0.9, 0.9)) and decisions.plan == tried
+
+
+@pytest.mark.parametrize("cost", [0.95, 1.05])
+def test_trials_that_never_pay_are_not_felt(cost: float) -> None:
+    decisions, steps = automatic(on_path=False), 16384
+    until_review(decisions)
+    decisions.review([*readings((EXACT, 1.0), (OBSERVED, 1.1)), (REHEARSED, 10.0, 0.3)], explained(0.0, 0.9))
+    looks, lost = 0, 0.0
+    for _ in range(steps):
+        if decisions.review_due(True):
+            decisions.review([] if decisions.plan.exact else readings((decisions.plan, cost)), explained(0.0, 0.9))
+        if decisions.plan.exact:
+            looks += decisions.observes(True)
+        else:
+            lost += cost * variance_of(decisions.plan, 0.9) - 1.0
+        decisions.advance(True)
+    assert looks > 7 and lost > 0.0
+    assert 0.1 * looks + lost < 0.01 * steps
 
 
 def test_smaller_micro_batches_than_usual_are_not_timed() -> None:

@@ -57,7 +57,9 @@ def test_a_rehearsal_tells_what_predictions_cost_until_a_plan_was_timed() -> Non
 def test_rare_dear_steps_count_and_interruptions_do_not() -> None:
     plan = Plan(0.25)
     assert costs(plan=(plan, [1.0] * 15 + [3.0])).seconds(plan) == pytest.approx(18 / 16)
-    assert costs(plan=(plan, [1.0] * 15 + [1000.0])).seconds(plan) == pytest.approx(20 / 16)
+    assert costs(plan=(plan, [1.0] * 15 + [1000.0])).seconds(plan) == 1.0
+    assert costs(plan=(plan, [1.0] * 14 + [1000.0] * 2)).seconds(plan) == pytest.approx(24 / 16)
+    assert costs(plan=(plan, [1.0] * 45 + [3.0] * 3)).seconds(plan) == 1.0 + 2.0 * 3 / 48
     assert costs(exact=(EXACT, [1.0] * 3 + [1000.0])).seconds(EXACT) == 1.0
 
 
