@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .costs import OBSERVED, REHEARSED, Costs
+from .costs import OBSERVED, REHEARSALS, REHEARSED, Costs, cost_by_counts
 from .estimator import control_size
 from .plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_of
 from .settings import LGPSettings
@@ -84,6 +84,7 @@ class Controller:
         self._observed = 0
         self._due: list[int] = []
         self._settling = 0
+        self._failures, self._failed_at, self._rehearsed_at = 0, -1, -1
         self.insists = False
         self._last = self._usual = 0
         self.follow(on_path)
@@ -116,9 +117,17 @@ class Controller:
 
     def rehearses(self, ready: bool) -> bool:
         """Whether to time the prediction of this micro-batch, for no other use."""
-        if not self.automatic or ready or self.insists:
+        if not self.automatic or self.insists:
             return False
+        if ready:
+            return self.plan.exact and self._until_look() == 0 and self._doubts_rehearsal()
         return self.seen == _REHEARSAL or (self._hopeless and self._until_rehearsal() == 0)
+
+    def _doubts_rehearsal(self) -> bool:
+        """Whether all that speaks against predictions is how dear they were when last rehearsed, and that is long past."""
+        if self.costs.timed or self.seen - self._rehearsed_at < self._look_steps:
+            return False
+        return any(self._price(plan, cost_by_counts(plan)) < HYSTERESIS for plan in self._candidates())
 
     def _until_rehearsal(self) -> int:
         """Micro-batches until the prediction of one is timed again."""
@@ -133,7 +142,8 @@ class Controller:
             return False
         if not ready:
             return self.seen > _REHEARSAL and self._hopeless and self._until_rehearsal() > _AWAKE
-        return self.plan.exact and self._until_look() > _AWAKE
+        until_review = min((at - self.seen for at in self._due if at >= self.seen), default=math.inf)
+        return self.plan.exact and self._until_look() > _AWAKE and until_review > _SETTLING_STEPS + _AWAKE
 
     def _until_look(self) -> int:
         """Exact micro-batches until one is observed: more and more, in the end as many as the cost demands."""
@@ -150,13 +160,15 @@ class Controller:
         # Not even if everything were explained.
         least = min(map(self.costs.relative, self._candidates()), default=math.inf)
         self._hopeless = known and least > HYSTERESIS
-        # A look is followed by another trial of what did not pay, if it should by the rehearsal.
+        # Such a look may be followed by another trial of what did not pay, if it should by the rehearsal.
         retried = (plan for plan in self.costs.timed if self._price(plan, self.costs.expected(plan)) < HYSTERESIS)
         lost = max((self._price(plan, self.costs.relative(plan)) - 1.0 for plan in retried), default=0.0)
         steps, share = _TRIAL_STEPS[-1], _LOOKING_SHARE
         if self._hopeless:
             lost, steps, share = max(least - 1.0, 0.1), _TRIAL_STEPS[0], _HOPELESS_SHARE
         spent = self.costs.observing() + steps * min(max(lost, 0.0), 10.0)
+        if not self.costs.timed:  # or by another rehearsal
+            spent += REHEARSALS * min(self.costs.expected(REHEARSED), 10.0)
         # An odd number: over the micro-batches of an optimizer step, of which the last is the dearest, looks take turns.
         self._look_steps = 1 + _REVIEW_STEPS * max(1, math.ceil(spent / share / _REVIEW_STEPS))
 
@@ -213,16 +225,18 @@ class Controller:
             ready: Whether the predictor was ready for it.
         """
         looked = self.automatic and ready and self.plan.exact and self.observes(ready)
-        news = looked or self.rehearses(ready)
-        if looked:
-            self.costs.forget_predictions()  # the machine may have been busy when they were timed: they get another trial
+        rehearsed = self.rehearses(ready)
+        if rehearsed:
+            self._rehearsed_at = self.seen
+        if looked and (self._failures < 2 or self.seen - self._failed_at >= self._look_steps):
+            self.costs.forget_dear()  # they get another trial
         self._observed += not ready and self.observes(ready)
         if ready and self._ready_at < 0:
             self._ready_at = self._looked_at = self.seen
         if looked:
             self._looked_at = self.seen
         self.seen += 1
-        if news:
+        if looked or rehearsed:
             self.review_in(0)
         self._since_fit += 1
         self._settling = max(0, self._settling - 1)
@@ -263,7 +277,8 @@ class Controller:
         self._unaccounted += [reading for reading in readings if reading[0] != EXACT]
         if (exact := self.costs.seconds(EXACT)) is not None:
             instead = (
-                (size, seconds, 0.0 if plan == REHEARSED else exact) for plan, size, seconds in self._unaccounted
+                (size, self.costs.own(plan, seconds), 0.0 if plan == REHEARSED else exact)
+                for plan, size, seconds in self._unaccounted
             )
             self.saved += sum(size * (spared - seconds) for size, seconds, spared in instead)
             self._unaccounted.clear()
@@ -273,7 +288,11 @@ class Controller:
         changed = chosen != self.plan
         if changed:
             self.plan, self._settling, self._looked_at = chosen, _SETTLING_STEPS, self.seen
-            if not chosen.exact and chosen not in self.costs.timed:
+            if chosen.exact:  # the exact steps that it was compared with may be long past: once more, with fresh ones
+                self._failures, self._failed_at = self._failures + 1, self.seen
+                self.costs.renew_exact()
+                self.review_in(_SETTLING_STEPS + _AWAKE)
+            elif chosen not in self.costs.timed:
                 for steps in _TRIAL_STEPS:
                     self.review_in(steps)
         return changed
@@ -319,6 +338,7 @@ class Controller:
             "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
             "settling": self._settling,
+            "tries": [self._failures, self._failed_at, self._rehearsed_at],
             "sizes": [self._last, self._usual],
             "costs": self.costs.state_dict(),
         }
@@ -333,6 +353,7 @@ class Controller:
                 self.plan = EXACT
         self.rho2 = {ridge: Explained(*shares) for ridge, shares in zip((False, True), state["rho2"], strict=True)}
         self.saved, self._settling = state["saved"], state["settling"]
+        self._failures, self._failed_at, self._rehearsed_at = state["tries"]
         self._last, self._usual = state["sizes"]
         self.costs.load_state_dict(state["costs"])
         self._schedule_looks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ _KEPT = 48
 """Readings kept of each plan: some cycles of refits and basis moves, which are dear and rare."""
 
 _KEPT_EXACT = 16
-"""The same of exact steps, which are all alike: few, so that they tell of the machine as it is now."""
+"""The same of exact steps: few, so that they tell of the machine as it is now."""
 
 _ENOUGH = 10
 """Readings that make a plan known."""
@@ -30,10 +31,10 @@ _ENOUGH_IF_DEAR = 4
 """The same where none of them is below the time of an exact step."""
 
 _OUTLIER = 5.0
-"""Readings beyond so many medians are the machine's or a callback's, not the plan's: one of them counts for nothing, others as that much."""
+"""A reading beyond so many medians among few is the machine's, not the plan's: the largest counts for nothing, others as that much."""
 
 _RARE = 24
-"""Nor are the largest of so many: a new epoch. What a plan itself does now and then comes more often."""
+"""Nor is one of so many, the largest: a new epoch. What a plan itself does now and then comes more often."""
 
 _PREDICTION = 0.4
 """A prediction in units of an exact example, where none was timed: a forward pass and a little more."""
@@ -58,23 +59,32 @@ class Costs:
     def seconds(self, plan: Plan) -> float | None:
         """Mean time of a micro-batch per unit, rare dear parts included; None if too few were timed.
 
-        Of exact steps, which are timed now and then and are all alike, the median; of rehearsals, of which the first are slower, the least.
+        Of exact steps too the mean: with accumulation the last micro-batch of an optimizer step is the dearest. Of rehearsals, of which the
+        first are slower, the least.
         """
         readings = self._readings.get(plan, ())
         if not readings:
             return None
         if plan == REHEARSED:
             return min(readings)
-        median = statistics.median(readings)
-        if plan.exact:
-            return median
-        if len(readings) < _ENOUGH:
+        if not plan.exact and len(readings) < _ENOUGH:
             exact = self.seconds(EXACT)
             if exact is None or len(readings) < _ENOUGH_IF_DEAR or min(readings) < exact:
                 return None
-        foreign = max(len(readings) // _RARE, int(max(readings) > _OUTLIER * median))
-        most = min(sorted(readings)[-1 - foreign], _OUTLIER * median)
+        most = self._most(plan)
         return statistics.fmean(min(reading, most) for reading in readings)
+
+    def own(self, plan: Plan, seconds: float) -> float:
+        """What of a reading is the plan's own time, interruptions left out."""
+        return min(seconds, self._most(plan)) if self._readings.get(plan) else seconds
+
+    def _most(self, plan: Plan) -> float:
+        """The most that a reading of the plan counts for."""
+        readings = sorted(self._readings[plan])
+        if len(readings) >= _RARE:
+            return readings[-1 - len(readings) // _RARE]
+        limit = _OUTLIER * statistics.median(readings)
+        return min(readings[-1 if readings[-1] <= limit else -2], limit)
 
     @property
     def timed(self) -> list[Plan]:
@@ -99,12 +109,18 @@ class Costs:
     def expected(self, plan: Plan) -> float:
         """Cost of a plan in exact steps as it looks before any was timed: from the rehearsal, or from operation counts without one."""
         exact, rehearsed = self.seconds(EXACT), self.seconds(REHEARSED)
-        prediction = _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
-        return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
+        return _put_together(plan, _PREDICTION if exact is None or rehearsed is None else rehearsed / exact)
 
-    def forget_predictions(self) -> None:
-        """Forget what plans with predictions took."""
-        self._readings = {p: kept for p, kept in self._readings.items() if p.exact or p == REHEARSED}
+    def forget_dear(self) -> None:
+        """Forget what plans with predictions took that were dearer than the rehearsal promised: the machine may have been busy."""
+        exact = self.seconds(EXACT) or math.inf
+        dear = {plan for plan in self.timed if (self.seconds(plan) or 0.0) / exact > self.expected(plan)}
+        self._readings = {plan: kept for plan, kept in self._readings.items() if plan not in dear}
+
+    def renew_exact(self) -> None:
+        """Forget what exact steps took but for the last reading: the machine may have become slower or faster since."""
+        if EXACT in self._readings:
+            self._readings[EXACT] = deque(list(self._readings[EXACT])[-1:], maxlen=_KEPT_EXACT)
 
     def observing(self) -> float:
         """What learning from an exact step adds to it, in exact steps; 1 before it was timed."""
@@ -121,6 +137,15 @@ class Costs:
         for fraction, ridge, *readings in rows:
             for seconds in readings:
                 self.record(Plan(fraction, bool(ridge)), seconds)
+
+
+def cost_by_counts(plan: Plan) -> float:
+    """Cost of a plan in exact steps, from operation counts alone."""
+    return _put_together(plan, _PREDICTION)
+
+
+def _put_together(plan: Plan, prediction: float) -> float:
+    return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
 
 
 def _empty(plan: Plan) -> deque[float]:

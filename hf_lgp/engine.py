@@ -60,6 +60,7 @@ class LGPEngine:
         coverage: Share of the trunk's trainable parameters that have a rule.
         predictor: The gradient predictor.
         controller: The controller.
+        stepping: Whether a training step is in progress that is more than Trainer's own.
 
     Raises:
         ValueError: If no trunk parameter can be predicted.
@@ -112,7 +113,7 @@ class LGPEngine:
         self.observer = Observer(self.rules, self.predictor, self.controller, self.path, settings, exchange, device)
         self._nonfinite = torch.zeros((), device=device, dtype=torch.long)
         self._collected: tuple[Tensor, Tensor] | None = None
-        self._collecting = self._stepping = False
+        self._collecting = self.stepping = False
         self._splice: tuple[Tensor, float | Tensor] | None = None
         if apart:
             torch.compiler.reset()  # compiled code does not look for hooks that came later, be it of another model of this class
@@ -134,7 +135,7 @@ class LGPEngine:
         if self.path is not None:
             self.path.attach()
         self.review.begin(self.predictor.ready, examples, size)
-        self._stepping = True
+        self.stepping = True
 
     def rest(self) -> bool:
         """Count the next micro-batch and be done with it, if it is exact and nothing is to be learnt from it."""
@@ -352,7 +353,7 @@ class LGPEngine:
         Raises:
             RuntimeError: Where memory ran out, here or in the passes before; nothing is lost but the predictor.
         """
-        self._stepping = False
+        self.stepping = False
         if self.observer.exhaustion.error is not None:
             raise self.observer.exhaustion.error
         self.observer.learn()
@@ -469,7 +470,7 @@ class LGPEngine:
             splice = Splice(*self._collected, order, weight, self._spared_correction)
             parameters = [parameter for _, rule in self.predicted_rules for parameter in rule.parameters]
             return splice_head(self.head, features, output, splice, parameters)
-        elif not self._stepping:  # a callback runs the model: no part of the micro-batch
+        elif not self.stepping:  # a callback runs the model: no part of the micro-batch
             self.review.end()
         elif self.observer.current is not None and output.requires_grad:
             detached = features.detach()

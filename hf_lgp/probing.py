@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .engine import LGPEngine
-from .plans import EXACT, Plan, price_of
+from .plans import EXACT, Plan
 from .rules import part_name
 from .settings import LGPSettings
 from .trainer import LGPTrainer
@@ -106,7 +106,7 @@ class _Probing(LGPTrainer):
                 self.control.should_training_stop = True
             elif engine.controller.plan.exact:
                 engine.controller.plan = Plan(0.25, ridge=engine.path is None)
-        self._unit = max(v.numel() for v in inputs.values() if isinstance(v, Tensor))
+        self._unit = max(self._unit, *(v.numel() for v in inputs.values() if isinstance(v, Tensor)))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _lgp_build(self, inputs: dict[str, Any]) -> LGPEngine:
@@ -129,7 +129,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     controller, predictor = engine.controller, engine.predictor
     tried = next(iter(controller.costs.timed), Plan(0.25, ridge=engine.path is None))
     controller.plan = EXACT  # no bonus for having been tried
-    plan = controller.best()
+    plan = controller.plan = controller.best()
     shown = tried if plan.exact else plan
     cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].share
     kappa = (controller.costs.relative(shown) - shown.fraction) / (1.0 - shown.fraction)
@@ -139,7 +139,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
         blocks.setdefault(part_name(names[id(rule.parameters[0])]), []).append(value)
     return ProbeReport(
         plan=plan,
-        price=price_of(plan, cost, controller.rho2[plan.ridge].share),
+        price=controller.price,
         cost=cost,
         kappa=kappa,
         rho2=rho2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class Review:
 
     def interrupt(self) -> None:
         """Do not time the present micro-batch: something else was done since it began."""
+        if self._label is not None:
+            self.stopwatch.void(self._label)
         self._label = None
 
     def _review(self, wait: bool) -> None:
@@ -97,7 +100,9 @@ class Review:
         if event is not None:
             event.synchronize()
         path, both, path_worst, both_worst, *means = values.tolist()
-        readings = [(plan, size, mean) for (plan, size), mean in zip(labels, means, strict=True)]
+        # What one process could not time none of them counts: NaN spreads in averages.
+        timed = ((label, mean) for label, mean in zip(labels, means, strict=True) if not math.isnan(mean))
+        readings = [(plan, size, mean) for (plan, size), mean in timed]
         self.controller.review(readings, (Explained(path, path_worst), Explained(both, both_worst)))
         self.reviews += 1
 

@@ -301,14 +301,22 @@ class LGPTrainer(Trainer):
         """Operations of the step just taken: prediction examples have no backward pass."""
         return int(super().floating_point_ops(inputs) * self._lgp_cost)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as ``Trainer`` does, which is no part of a training step's time."""
+        self._lgp_stop_clock()
+        return super().evaluate(*args, **kwargs)
+
+    def _lgp_stop_clock(self) -> None:
+        """What comes now is no part of a micro-batch, unless one is just computed: losses may log."""
+        if self._lgp_engine is not None and not self._lgp_engine.stepping:
+            self._lgp_engine.review.end()
+
     # -- logs and checkpoints --------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as ``Trainer`` does, with ``lgp_*`` readings beside every training loss and at the end, where a line sums them up."""
         ended = "train_runtime" in logs
-        if self._lgp_engine is not None:  # neither logging nor an evaluation is part of a training step
-            end = self._lgp_engine.review.end if "loss" in logs else self._lgp_engine.review.interrupt
-            end()
+        self._lgp_stop_clock()
         if self._lgp_engine is not None and ("loss" in logs or ended):
             if ended:
                 self._lgp_engine.review.now()

@@ -50,8 +50,12 @@ def test_a_rehearsal_tells_what_predictions_cost_until_a_plan_was_timed() -> Non
     for _ in range(16):
         table.record(Plan(0.25), 1.5)
     assert table.relative(Plan(0.25)) == pytest.approx(0.75)
-    table.forget_predictions()
+    table.forget_dear()
     assert table.relative(Plan(0.25)) == pytest.approx(0.625) and table.seconds(EXACT) == 2.0
+    for _ in range(16):
+        table.record(Plan(0.25), 1.2)
+    table.forget_dear()
+    assert table.relative(Plan(0.25)) == pytest.approx(0.6), "what was cheaper than promised is known"
 
 
 def test_rare_dear_steps_count_and_interruptions_do_not() -> None:
@@ -61,6 +65,32 @@ def test_rare_dear_steps_count_and_interruptions_do_not() -> None:
     assert costs(plan=(plan, [1.0] * 14 + [1000.0] * 2)).seconds(plan) == pytest.approx(24 / 16)
     assert costs(plan=(plan, [1.0] * 45 + [3.0] * 3)).seconds(plan) == 1.0 + 2.0 * 3 / 48
     assert costs(exact=(EXACT, [1.0] * 3 + [1000.0])).seconds(EXACT) == 1.0
+
+
+def test_what_a_plan_itself_does_rarely_counts_whole_however_dear() -> None:
+    plan = Plan(0.25)
+    assert costs(plan=(plan, ([1.0] * 15 + [9.0]) * 3)).seconds(plan) == pytest.approx(1.5)
+
+
+def test_exact_steps_and_predictions_are_measured_alike() -> None:
+    """Every fourth micro-batch ends an optimizer step, and is dearer by one."""
+    plan = Plan(0.25)
+    table = costs(exact=(EXACT, [1.0, 1.0, 1.0, 2.0] * 4), plan=(plan, [0.5, 0.5, 0.5, 1.5] * 12))
+    assert table.relative(plan) == pytest.approx(3.0 / 5.0)
+
+
+def test_interruptions_are_no_part_of_a_reading() -> None:
+    plan = Plan(0.25)
+    table = costs(plan=(plan, [1.0] * 31))
+    assert table.own(plan, 2.0) == 1.0 and table.own(Plan(0.5), 2.0) == 2.0
+    assert table.own(plan, 0.5) == 0.5
+
+
+def test_exact_steps_can_be_timed_anew() -> None:
+    table = costs(exact=(EXACT, [1.0] * 16))
+    table.renew_exact()
+    table.record(EXACT, 3.0)
+    assert table.seconds(EXACT) == 2.0
 
 
 def test_old_readings_are_forgotten() -> None:
