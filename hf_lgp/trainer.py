@@ -301,6 +301,8 @@ class LGPTrainer(Trainer):
         """Operations of the step just taken: prediction examples have no backward pass."""
         return int(super().floating_point_ops(inputs) * self._lgp_cost)
 
+    # -- evaluation, logs and checkpoints --------------------------------------------------------------------------------
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as ``Trainer`` does, which is no part of a training step's time."""
         self._lgp_stop_clock()
@@ -310,8 +312,6 @@ class LGPTrainer(Trainer):
         """What comes now is no part of a micro-batch, unless one is just computed: losses may log."""
         if self._lgp_engine is not None and not self._lgp_engine.stepping:
             self._lgp_engine.review.end()
-
-    # -- logs and checkpoints --------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as ``Trainer`` does, with ``lgp_*`` readings beside every training loss and at the end, where a line sums them up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,21 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         plan: Plan = label[0]
         return costs[{EXACT: "exact", OBSERVED: "observed", REHEARSED: "rehearsed"}.get(plan, "predicted")]
 
-    monkeypatch.setattr(
-        Stopwatch, "collect", lambda self, wait=False: [(label, told(label)) for label, _ in collect(self)]
-    )
+    def collected(self: Stopwatch, wait: bool = False) -> list[tuple[Any, float]]:
+        return [(label, seconds if math.isnan(seconds) else told(label)) for label, seconds in collect(self)]
+
+    monkeypatch.setattr(Stopwatch, "collect", collected)
     return costs
 
 
 def run(
-    folder: Path, data: Any = None, resume: Path | None = None, callbacks: Any = None, **settings: Any
+    folder: Path,
+    data: Any = None,
+    resume: Path | None = None,
+    callbacks: Any = None,
+    eval_dataset: Any = None,
+    kind: type[LGPTrainer] = LGPTrainer,
+    **settings: Any,
 ) -> LGPTrainer:
     arguments = LGPTrainingArguments(
         str(folder),
@@ -59,7 +67,7 @@ def run(
     )
     model = tiny_vit(torch.float32)
     data = data or TinyImages(64, dtype=torch.float32)
-    trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    trainer = kind(model, arguments, train_dataset=data, eval_dataset=eval_dataset, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert hooks_of(model) == 0
     return trainer
@@ -176,21 +184,48 @@ class Unlearnable(TinyImages):
         return {**super().__getitem__(index), "labels": torch.tensor(index * 7919 % 3)}
 
 
-def test_what_a_callback_does_with_the_model_is_no_part_of_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class SlowEvaluation(TinyImages):
+    """Takes a thousand seconds an image, by the clock of the test."""
+
+    def __init__(self, clock: list[float]) -> None:
+        super().__init__(4, dtype=torch.float32)
+        self.clock = clock
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.clock[0] += 1000.0
+        return super().__getitem__(index)
+
+
+class Evaluates(TrainerCallback):
+    """A callback that runs the model between steps."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % 3 == 0:
+            with torch.no_grad():
+                model(TinyImages(2, dtype=torch.float32)[0]["pixel_values"][None])
+            self.clock[0] += 1000.0
+
+
+class Logs(LGPTrainer):
+    """Logs a figure of its own whenever it computes a loss."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.log({"figure": 1.0})
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("besides", ["callback", "evaluation", "log"])
+def test_what_is_done_besides_is_no_part_of_a_step(
+    besides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, readings = [0.0], []
 
     def tick() -> float:
         clock[0] += 1.0
         return clock[0]
-
-    class Evaluates(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step % 3 == 0:
-                with torch.no_grad():
-                    model(TinyImages(2, dtype=torch.float32)[0]["pixel_values"][None])
-                clock[0] += 1000.0
 
     record = Costs.record
 
@@ -202,7 +237,11 @@ def test_what_a_callback_does_with_the_model_is_no_part_of_a_step(
     monkeypatch.setattr(Costs, "record", noted)
     # By this clock all micro-batches take as long: without a rehearsal that finds it out, predictions are tried.
     monkeypatch.setattr("hf_lgp.controller.Controller.rehearses", lambda self, ready: False)
-    trainer = run(tmp_path, callbacks=[Evaluates()], lgp_variance_budget=0.0)
+    settings: dict[str, Any] = {"lgp_variance_budget": 0.0}
+    if besides == "evaluation":
+        settings |= {"eval_dataset": SlowEvaluation(clock), "eval_strategy": "steps", "eval_steps": 3}
+    callbacks = [Evaluates(clock)] if besides == "callback" else None
+    trainer = run(tmp_path, callbacks=callbacks, kind=Logs if besides == "log" else LGPTrainer, **settings)
     assert trainer._lgp_steps["predicted"] > 0
     assert len(readings) > 20 and max(readings) < 1000.0 / (8 * 64)
 
