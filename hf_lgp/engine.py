@@ -470,11 +470,11 @@ class LGPEngine:
             splice = Splice(*self._collected, order, weight, self._spared_correction)
             parameters = [parameter for _, rule in self.predicted_rules for parameter in rule.parameters]
             return splice_head(self.head, features, output, splice, parameters)
-        elif not self.stepping:  # a callback runs the model: no part of the micro-batch
-            self.review.end()
         elif self.observer.current is not None and output.requires_grad:
             detached = features.detach()
             output.register_hook(lambda residuals: self._residuals_arrived(detached, residuals))
+        elif not self.stepping:  # a callback runs the model: no part of the micro-batch
+            self.review.end()
         return None
 
     @torch.no_grad()
