@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .costs import OBSERVED, REHEARSALS, REHEARSED, Costs, cost_by_counts
+from .costs import OBSERVED, REHEARSED, Costs
 from .estimator import control_size
-from .plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_of
+from .lookout import REHEARSAL, TRIAL_STEPS, Lookout
+from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
@@ -21,10 +22,6 @@ _EAGER_BASIS_STEPS = 8
 
 _MEASURING_STEPS = 4
 """Predictions are compared with exact gradients at every so many micro-batches: coefficients change slowly."""
-
-_REHEARSAL = 4
-"""The micro-batch whose prediction is timed and thrown away, when some exact ones were timed: where that alone costs too much, nothing
-need be observed. Where it does, it is repeated after 64, 512, 4096, ... micro-batches: the machine may have been busy."""
 
 _REVIEW_STEPS = 32
 """Micro-batches between two choices of a plan: whole cycles of refits and basis moves at the default settings."""
@@ -37,19 +34,6 @@ _EARLY_CLEAN_STEPS = (11, 19, 35, 67)
 
 _SETTLING_STEPS = 2
 """Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
-
-_LOOKING_SHARE = 0.004
-"""Share of the time that goes into observing while every step is exact, in a long run."""
-
-_HOPELESS_SHARE = 0.0004
-"""The same where no prediction, however good, would pay for its time: only the machine can change that."""
-
-_FIRST_LOOK = 16
-"""Micro-batches after the predictor was ready that an exact one is observed, and then after twice, four times, ... as many: predictions
-may become good soon."""
-
-_TRIAL_STEPS = (7, 14)
-"""Micro-batches after which a plan that was never timed is reviewed: it may turn out dear, sooner if very much so."""
 
 _AWAKE = 4
 """Exact micro-batches before a look or a rehearsal that are timed; others pass by without as much as a glance."""
@@ -80,15 +64,14 @@ class Controller:
         self.saved = 0.0
         self._unaccounted: list[tuple[Plan, float, float]] = []
         self._since_fit = 0
-        self._ready_at = self._looked_at = -1
         self._observed = 0
         self._due: list[int] = []
         self._settling = 0
-        self._failures, self._failed_at, self._rehearsed_at = 0, -1, -1
+        self._lookout = Lookout()
         self.insists = False
         self._last = self._usual = 0
         self.follow(on_path)
-        self._schedule_looks()
+        self._schedule()
 
     def follow(self, on_path: bool) -> None:
         """Start over with or without the class path."""
@@ -104,73 +87,44 @@ class Controller:
         """The plan of the next micro-batch: exact until the predictor is ready, and now and then to time exact steps."""
         if not ready:
             return EXACT
-        clean = self.seen % _CLEAN_STEPS == 0 or self.seen - self._ready_at in _EARLY_CLEAN_STEPS
-        return EXACT if self.automatic and clean and self._ready_at >= 0 else self.plan
+        clean = self.seen % _CLEAN_STEPS == 0 or self.seen - self._lookout.ready_at in _EARLY_CLEAN_STEPS
+        return EXACT if self.automatic and clean and self._lookout.ready_at >= 0 else self.plan
 
     def observes(self, ready: bool) -> bool:
         """Whether the predictor takes examples from this micro-batch."""
         if not ready:
-            return not self.automatic or (self.seen > _REHEARSAL and not self._hopeless)
+            return not self.automatic or (self.seen > REHEARSAL and not self._lookout.hopeless)
         if self.automatic and self.now(ready).exact:
-            return self.plan.exact and self._until_look() == 0
+            return self.plan.exact and self._looks
         return self.measures(ready) or self.seen % self.settings.observe_steps == 0
 
     def rehearses(self, ready: bool) -> bool:
         """Whether to time the prediction of this micro-batch, for no other use."""
         if not self.automatic or self.insists:
             return False
-        if ready:
-            return self.plan.exact and self._until_look() == 0 and self._doubts_rehearsal()
-        return self.seen == _REHEARSAL or (self._hopeless and self._until_rehearsal() == 0)
-
-    def _doubts_rehearsal(self) -> bool:
-        """Whether all that speaks against predictions is how dear they were when last rehearsed, and that is long past."""
-        if self.costs.timed or self.seen - self._rehearsed_at < self._look_steps:
-            return False
-        return any(self._price(plan, cost_by_counts(plan)) < HYSTERESIS for plan in self._candidates())
-
-    def _until_rehearsal(self) -> int:
-        """Micro-batches until the prediction of one is timed again."""
-        at = 64
-        while at < self.seen:
-            at *= 8
-        return at - self.seen
+        lookout = self._lookout
+        if not ready:
+            return self.seen == REHEARSAL or (lookout.hopeless and lookout.until_rehearsal(self.seen) == 0)
+        looks = self.plan.exact and self._looks
+        return looks and lookout.doubts_rehearsal(self.seen, self.costs, self._candidates(), self._price)
 
     def rests(self, ready: bool) -> bool:
         """Whether this micro-batch is exact and there is nothing to do about it, not even to time it."""
         if not self.automatic or self.review_due(ready):
             return False
+        lookout = self._lookout
         if not ready:
-            return self.seen > _REHEARSAL and self._hopeless and self._until_rehearsal() > _AWAKE
+            return self.seen > REHEARSAL and lookout.hopeless and lookout.until_rehearsal(self.seen) > _AWAKE
         until_review = min((at - self.seen for at in self._due if at >= self.seen), default=math.inf)
-        return self.plan.exact and self._until_look() > _AWAKE and until_review > _SETTLING_STEPS + _AWAKE
+        timed_soon = lookout.until_look(self.seen) <= _AWAKE or until_review <= _SETTLING_STEPS + _AWAKE
+        return self.plan.exact and not timed_soon
 
-    def _until_look(self) -> int:
-        """Exact micro-batches until one is observed: more and more, in the end as many as the cost demands."""
-        if self._ready_at < 0:
-            return _FIRST_LOOK
-        so_far = max(_FIRST_LOOK, self._looked_at - self._ready_at)
-        steps = self._look_steps if self._hopeless else min(so_far, self._look_steps)
-        return max(0, self._looked_at + steps - self.seen)
+    @property
+    def _looks(self) -> bool:
+        return self._lookout.until_look(self.seen) == 0
 
-    def _schedule_looks(self) -> None:
-        """Decide from what was timed how often to look while every step is exact."""
-        known = bool(self.costs.timed) or self.costs.seconds(REHEARSED) is not None
-        known = known and self.costs.seconds(EXACT) is not None and not self.insists
-        # Not even if everything were explained.
-        least = min(map(self.costs.relative, self._candidates()), default=math.inf)
-        self._hopeless = known and least > HYSTERESIS
-        # Such a look may be followed by another trial of what did not pay, if it should by the rehearsal.
-        retried = (plan for plan in self.costs.timed if self._price(plan, self.costs.expected(plan)) < HYSTERESIS)
-        lost = max((self._price(plan, self.costs.relative(plan)) - 1.0 for plan in retried), default=0.0)
-        steps, share = _TRIAL_STEPS[-1], _LOOKING_SHARE
-        if self._hopeless:
-            lost, steps, share = max(least - 1.0, 0.1), _TRIAL_STEPS[0], _HOPELESS_SHARE
-        spent = self.costs.observing() + steps * min(max(lost, 0.0), 10.0)
-        if not self.costs.timed:  # or by another rehearsal
-            spent += REHEARSALS * min(self.costs.expected(REHEARSED), 10.0)
-        # An odd number: over the micro-batches of an optimizer step, of which the last is the dearest, looks take turns.
-        self._look_steps = 1 + _REVIEW_STEPS * max(1, math.ceil(spent / share / _REVIEW_STEPS))
+    def _schedule(self) -> None:
+        self._lookout.schedule(self.costs, self._candidates(), self._price, self.insists)
 
     def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
         """Whether this micro-batch, if it is observed, contributes to the bases.
@@ -227,14 +181,14 @@ class Controller:
         looked = self.automatic and ready and self.plan.exact and self.observes(ready)
         rehearsed = self.rehearses(ready)
         if rehearsed:
-            self._rehearsed_at = self.seen
-        if looked and (self._failures < 2 or self.seen - self._failed_at >= self._look_steps):
+            self._lookout.rehearsed(self.seen)
+        if looked and self._lookout.retries(self.seen):
             self.costs.forget_dear()  # they get another trial
         self._observed += not ready and self.observes(ready)
-        if ready and self._ready_at < 0:
-            self._ready_at = self._looked_at = self.seen
+        if ready and self._lookout.ready_at < 0:
+            self._lookout.ready_at = self._lookout.looked_at = self.seen
         if looked:
-            self._looked_at = self.seen
+            self._lookout.looked_at = self.seen
         self.seen += 1
         if looked or rehearsed:
             self.review_in(0)
@@ -251,12 +205,12 @@ class Controller:
         """Whether to :meth:`review` before the next micro-batch: there is news, or predictions have gone on for a while."""
         if not self.automatic:
             return False
-        predicting = ready and not self.plan.exact and (self.seen - self._ready_at) % _REVIEW_STEPS == 0
+        predicting = ready and not self.plan.exact and (self.seen - self._lookout.ready_at) % _REVIEW_STEPS == 0
         return predicting or self.review_presses(ready)
 
     def review_presses(self, ready: bool) -> bool:
         """Whether the review now due is worth waiting for the device: it comes rarely, and much hangs on it."""
-        return (ready and self._ready_at < 0) or self.seen in self._due
+        return (ready and self._lookout.ready_at < 0) or self.seen in self._due
 
     def review_in(self, steps: int) -> None:
         """Have a review in so many micro-batches."""
@@ -283,17 +237,17 @@ class Controller:
             self.saved += sum(size * (spared - seconds) for size, seconds, spared in instead)
             self._unaccounted.clear()
         self.rho2 = dict(zip((False, True), rho2, strict=True))
-        self._schedule_looks()
+        self._schedule()
         chosen = self.best()
         changed = chosen != self.plan
         if changed:
-            self.plan, self._settling, self._looked_at = chosen, _SETTLING_STEPS, self.seen
+            self.plan, self._settling, self._lookout.looked_at = chosen, _SETTLING_STEPS, self.seen
             if chosen.exact:  # the exact steps that it was compared with may be long past: once more, with fresh ones
-                self._failures, self._failed_at = self._failures + 1, self.seen
+                self._lookout.failed(self.seen)
                 self.costs.renew_exact()
                 self.review_in(_SETTLING_STEPS + _AWAKE)
             elif chosen not in self.costs.timed:
-                for steps in _TRIAL_STEPS:
+                for steps in TRIAL_STEPS:
                     self.review_in(steps)
         return changed
 
@@ -330,30 +284,28 @@ class Controller:
         return {
             "seen": self.seen,
             "since_fit": self._since_fit,
-            "ready_at": self._ready_at,
             "due": self._due,
             "observed": self._observed,
-            "looked_at": self._looked_at,
+            "lookout": self._lookout.state_dict(),
             "plan": [self.plan.fraction, self.plan.ridge],
             "rho2": [[self.rho2[ridge].overall, self.rho2[ridge].worst] for ridge in (False, True)],
             "saved": self.saved,
             "settling": self._settling,
-            "tries": [self._failures, self._failed_at, self._rehearsed_at],
             "sizes": [self._last, self._usual],
             "costs": self.costs.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; a plan that was chosen by price gives way to a fixed one."""
-        self.seen, self._since_fit, self._ready_at = state["seen"], state["since_fit"], state["ready_at"]
-        self._due, self._observed, self._looked_at = list(state["due"]), state["observed"], state["looked_at"]
+        self.seen, self._since_fit = state["seen"], state["since_fit"]
+        self._due, self._observed = list(state["due"]), state["observed"]
+        self._lookout.load_state_dict(state["lookout"])
         if self.automatic:
             self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]) or not self.on_path)
             if self.plan.exact:
                 self.plan = EXACT
         self.rho2 = {ridge: Explained(*shares) for ridge, shares in zip((False, True), state["rho2"], strict=True)}
         self.saved, self._settling = state["saved"], state["settling"]
-        self._failures, self._failed_at, self._rehearsed_at = state["tries"]
         self._last, self._usual = state["sizes"]
         self.costs.load_state_dict(state["costs"])
-        self._schedule_looks()
+        self._schedule()
