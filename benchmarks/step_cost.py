@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Trainer, TrainerCallback
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
-from hf_lgp.plans import Plan
 from hf_lgp.settings import LGPSettings
 
 PARTS = (
@@ -61,13 +60,6 @@ class TimedTrainer(LGPTrainer):
         self.times: list[dict[str, float]] = []
         self.profiler: profile | None = None
         self.peaks: dict[str, float] = {}
-        self.path_alone = False
-
-    def _lgp_build(self, inputs: dict[str, Any]) -> Any:
-        engine = super()._lgp_build(inputs)
-        if self.path_alone:
-            engine.controller.plan = Plan(self.args.lgp_control_fraction, ridge=False)
-        return engine
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         device = self.args.device
@@ -186,7 +178,6 @@ def measure(
     bf16: bool,
     attention: str | None,
     use_cpu: bool,
-    path_alone: bool,
     **settings: Any,
 ) -> dict[str, Any]:
     """Time ``cycles`` cycles of basis moves and summarise them as ratios to the exact step."""
@@ -211,7 +202,6 @@ def measure(
         last = ProfileLastCycle(args.max_steps - chosen.basis_steps)
         data = RandomImages(VITS[vit]["image_size"])
         trainer = last.trainer = TimedTrainer(model, args, train_dataset=data, callbacks=[last])
-        trainer.path_alone = path_alone
         trainer.train()
         parts = last.parts(chosen.basis_steps)
         times = trainer.times[-cycles * chosen.basis_steps :]
@@ -227,7 +217,6 @@ def measure(
             "attention": model.config._attn_implementation,
             "steps": len(times),
             "class_path": args.lgp_class_path,
-            "path_alone": path_alone,
             "observe_steps": chosen.observe_steps,
             "refit_steps": chosen.refit_steps,
             "basis_steps": chosen.basis_steps,
@@ -255,7 +244,6 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
     parser.add_argument("--cycles", type=int, default=4, help="cycles of basis moves to time, after one for warming up")
     parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
-    parser.add_argument("--path-alone", action="store_true", help="without the regression")
     parser.add_argument("--basis", type=int, default=0, help="0 for the default")
     parser.add_argument("--observe", type=int, default=0, help="0 for the default")
     parser.add_argument("--refit", type=int, default=0, help="0 for the default")
@@ -278,15 +266,7 @@ def main() -> None:
                 "lgp_refit_steps": options.refit,
             }
             cell = measure(
-                vit,
-                options.batch,
-                fraction,
-                options.cycles,
-                not options.fp32,
-                options.attention,
-                use_cpu,
-                options.path_alone,
-                **settings,
+                vit, options.batch, fraction, options.cycles, not options.fp32, options.attention, use_cpu, **settings
             )
             print(
                 f"{vit} batch {options.batch} fraction {fraction}: step {cell['step_ratio']:.3f} of an exact step = control "

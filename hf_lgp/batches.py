@@ -16,6 +16,11 @@ def batch_size(inputs: Mapping[str, Any]) -> int | None:
     return sizes[0] if sizes else None
 
 
+def entries(inputs: Mapping[str, Any]) -> int:
+    """Entries of the largest tensor: the unit of work in which times of micro-batches are compared."""
+    return max((value.numel() for value in inputs.values() if isinstance(value, Tensor)), default=0)
+
+
 def first_label(inputs: Mapping[str, Any], label_names: Collection[str]) -> Tensor | None:
     """The first label tensor, or None if the batch carries none."""
     for name in label_names:

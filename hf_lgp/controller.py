@@ -105,8 +105,7 @@ class Controller:
         lookout = self._lookout
         if not ready:
             return self.seen == REHEARSAL or (lookout.hopeless and lookout.until_rehearsal(self.seen) == 0)
-        looks = self.plan.exact and self._looks
-        return looks and lookout.doubts_rehearsal(self.seen, self.costs, self._candidates(), self._price)
+        return self.plan.exact and self._looks and lookout.doubts_rehearsal(self.seen)
 
     def rests(self, ready: bool) -> bool:
         """Whether this micro-batch is exact and there is nothing to do about it, not even to time it."""

@@ -109,7 +109,8 @@ class Costs:
     def expected(self, plan: Plan) -> float:
         """Cost of a plan in exact steps as it looks before any was timed: from the rehearsal, or from operation counts without one."""
         exact, rehearsed = self.seconds(EXACT), self.seconds(REHEARSED)
-        return _put_together(plan, _PREDICTION if exact is None or rehearsed is None else rehearsed / exact)
+        prediction = _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
+        return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
 
     def forget_dear(self) -> None:
         """Forget what plans with predictions took that were dearer than the rehearsal promised: the machine may have been busy."""
@@ -137,15 +138,6 @@ class Costs:
         for fraction, ridge, *readings in rows:
             for seconds in readings:
                 self.record(Plan(fraction, bool(ridge)), seconds)
-
-
-def cost_by_counts(plan: Plan) -> float:
-    """Cost of a plan in exact steps, from operation counts alone."""
-    return _put_together(plan, _PREDICTION)
-
-
-def _put_together(plan: Plan, prediction: float) -> float:
-    return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
 
 
 def _empty(plan: Plan) -> deque[float]:

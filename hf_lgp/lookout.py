@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .costs import REHEARSALS, REHEARSED, Costs, cost_by_counts
+from .costs import REHEARSALS, REHEARSED, Costs
 from .plans import EXACT, HYSTERESIS, Plan
 
 REHEARSAL = 4
@@ -19,7 +19,7 @@ need be observed. Where it does, it is repeated after 64, 512, 4096, ... micro-b
 TRIAL_STEPS = (7, 14)
 """Micro-batches after which a plan that was never timed is reviewed: it may turn out dear, sooner if very much so."""
 
-LOOK_MULTIPLE = 32
+_LOOK_MULTIPLE = 32
 """Looks are a multiple of so many micro-batches apart, and one: over the micro-batches of an optimizer step, of which the last is the
 dearest, they take turns."""
 
@@ -50,6 +50,7 @@ class Lookout:
         self.hopeless = False
         self.ready_at = self.looked_at = -1
         self._interval = 1
+        self._rests_on_rehearsal = False
         self._failures, self._failed_at, self._rehearsed_at = 0, -1, -1
 
     def until_look(self, seen: int) -> int:
@@ -75,20 +76,13 @@ class Lookout:
             at *= 8
         return at - seen
 
-    def doubts_rehearsal(
-        self, seen: int, costs: Costs, candidates: Sequence[Plan], price: Callable[[Plan, float], float]
-    ) -> bool:
+    def doubts_rehearsal(self, seen: int) -> bool:
         """Whether all that speaks against predictions is how dear they were when last rehearsed, and that is long past.
 
         Args:
             seen: Micro-batches so far.
-            costs: What was timed.
-            candidates: Plans to choose from.
-            price: Price of a plan at a cost.
         """
-        if costs.timed or seen - self._rehearsed_at < self._interval:
-            return False
-        return any(price(plan, cost_by_counts(plan)) < HYSTERESIS for plan in candidates)
+        return self._rests_on_rehearsal and seen - self._rehearsed_at >= self._interval
 
     def retries(self, seen: int) -> bool:
         """Whether a look now may be followed by another trial of what turned out dear.
@@ -139,7 +133,9 @@ class Lookout:
         spent = costs.observing() + steps * min(max(lost, 0.0), 10.0)
         if not costs.timed:  # or by another rehearsal
             spent += REHEARSALS * min(costs.expected(REHEARSED), 10.0)
-        self._interval = 1 + LOOK_MULTIPLE * max(1, math.ceil(spent / share / LOOK_MULTIPLE))
+        by_counts = (price(plan, Costs().expected(plan)) for plan in candidates)
+        self._rests_on_rehearsal = not costs.timed and min(by_counts, default=math.inf) < HYSTERESIS
+        self._interval = 1 + _LOOK_MULTIPLE * max(1, math.ceil(spent / share / _LOOK_MULTIPLE))
 
     def state_dict(self) -> list[int]:
         """Counters."""

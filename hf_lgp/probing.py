@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from .batches import entries
 from .engine import LGPEngine
 from .plans import EXACT, Plan
 from .rules import part_name
@@ -106,7 +107,7 @@ class _Probing(LGPTrainer):
                 self.control.should_training_stop = True
             elif engine.controller.plan.exact:
                 engine.controller.plan = Plan(0.25, ridge=engine.path is None)
-        self._unit = max(self._unit, *(v.numel() for v in inputs.values() if isinstance(v, Tensor)))
+        self._unit = max(self._unit, entries(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _lgp_build(self, inputs: dict[str, Any]) -> LGPEngine:

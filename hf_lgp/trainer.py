@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .batches import batch_size, contributing, first_label, part_of
+from .batches import batch_size, contributing, entries, first_label, part_of
 from .compatibility import refuse_incompatible
 from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
@@ -187,7 +187,7 @@ class LGPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         assert examples is not None
         seed = self._lgp_seed()
-        engine.begin(examples, _work(inputs))
+        engine.begin(examples, entries(inputs))
         if engine.rehearsing:
             self._lgp_rehearse(model, inputs, examples, seed)
             if self._lgp_exhausted:
@@ -234,7 +234,7 @@ class LGPTrainer(Trainer):
         model.train()
         plain = part_of(inputs, torch.arange(examples, device=self.args.device), examples, without=self.label_names)
         with self._lgp_sparing_memory(), private_randomness(self.args.device, seed), self.accelerator.autocast():
-            self._lgp_engine.rehearse(plain, lambda: self._lgp_model(**plain), examples, _work(inputs))
+            self._lgp_engine.rehearse(plain, lambda: self._lgp_model(**plain), examples, entries(inputs))
 
     def _lgp_observe(self, inputs: dict[str, Any], examples: int, seed: int) -> None:
         """A small exact pass of the model as it is, not compiled, for the predictor to learn from; no gradient is kept."""
@@ -381,8 +381,3 @@ class LGPTrainer(Trainer):
             logger.warning(f"No usable LGP state in {checkpoint} ({error}): the predictor starts afresh.")
             return
         self._lgp_restored = tensors, counters
-
-
-def _work(inputs: dict[str, Any]) -> int:
-    """Entries of the model's largest input: the unit of work in which times of micro-batches are compared."""
-    return max(value.numel() for value in inputs.values() if isinstance(value, Tensor))

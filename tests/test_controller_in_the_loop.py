@@ -124,8 +124,8 @@ def test_a_rehearsal_on_a_busy_machine_is_not_believed_for_ever(busy: float) -> 
 
 
 def test_what_was_given_up_because_predictions_were_poor_comes_back_with_them() -> None:
-    plain, idle = machine(0.85, actual=0.4), lambda seen: 0.99 if seen < 1000 else 0.3 if seen < 2000 else 0.93
-    loop = Loop(plain, idle).run(4000)
+    loop = Loop(machine(0.85, actual=0.4), lambda seen: 0.99 if seen < 1000 else 0.3 if seen < 2000 else 0.93)
+    loop.run(4000)
     assert loop.predicted(100, 1000) > 0.9 and loop.predicted(1100, 2000) == 0.0 and loop.predicted(3000) > 0.9
 
 
