@@ -87,8 +87,9 @@ class BlockRows:
         entering: The rows that are followed as they enter the block, class row first, shape ``(m, S, D)``.
         others: The other rows after the norm without its affine map, shape ``(m, T - 1, D)``, in the dtype of the
             computation.
-        normalised: The followed rows but the class row after the norm without its affine map, shape ``(m, S - 1, D)``; None if
-            the class row alone is followed.
+        normalised: The followed rows but the class row after the norm without its affine map, shape ``(m, S - 1, D)``: weighted
+            means of the other rows. None if the class row alone is followed.
+        shares: Those weights, shape ``(m, T - 1, S - 1)``, or None.
         bias: Added to the followed rows' scores, shape ``(m, S, H or 1, T)``, or None.
         branches: Factors that dropout gave the followed rows of the two branches, shape ``(m, S, D)`` each, or None.
     """
@@ -96,6 +97,7 @@ class BlockRows:
     entering: Tensor
     others: Tensor
     normalised: Tensor | None = None
+    shares: Tensor | None = None
     bias: Tensor | None = None
     branches: tuple[Tensor, Tensor] | None = None
 
@@ -104,13 +106,13 @@ class BlockRows:
 class OtherRows:
     """Gradient of a block's other rows, after the norm without its affine map, as far as the followed rows read them.
 
-    Row ``t`` receives ``ds_t u + a_t d(pooled)`` from every head of the class row, a product of two factors, and ``a_t d(pooled)``
-    from every head of further rows: their scores are not those of the rows they stand for.
+    Row ``t`` receives ``ds_t u + a_t d(pooled)`` from every head of every followed row, a product of two factors, and from a followed
+    row that is a mean of other rows its share of what that mean receives.
 
     Attributes:
-        mixers: ``ds`` and ``a`` of all heads, shape ``(m, H + S H, T - 1)``.
-        directions: ``u`` and ``d(pooled)`` of all heads, shape ``(m, H + S H, D)``.
-        along: Inner products of directions and normalised rows, shape ``(m, H + S H, T - 1)``.
+        mixers: ``ds`` and ``a`` of all heads, and shares in the means, shape ``(m, R, T - 1)``.
+        directions: ``u`` and ``d(pooled)`` of all heads, and gradients of the normalised means, shape ``(m, R, D)``.
+        along: Inner products of directions and normalised rows, shape ``(m, R, T - 1)``.
     """
 
     mixers: Tensor
@@ -127,10 +129,16 @@ class OtherRows:
         mixers, centred, pull = self._through_norm(normalised, spread)
         return torch.baddbmm(normalised * pull, mixers.mT, centred, beta=-1)
 
-    def total(self, normalised: Tensor, spread: Tensor) -> Tensor:
-        """The sum of :meth:`rows` over rows, shape ``(m, D)``, without forming them."""
+    def totals(self, normalised: Tensor, spread: Tensor, groups: Tensor) -> Tensor:
+        """Sums of :meth:`rows` over groups of rows, shape ``(m, K, D)``, without forming them.
+
+        Args:
+            normalised: The normalised rows, shape ``(m, T - 1, D)``.
+            spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
+            groups: 1 where a row belongs to a group, else 0, shape ``(m, T - 1, K)``.
+        """
         mixers, centred, pull = self._through_norm(normalised, spread)
-        return (mixers.sum(-1)[:, None] @ centred - pull.mT @ normalised)[:, 0]
+        return (mixers @ groups).mT @ centred - (groups * pull).mT @ normalised
 
     def _through_norm(self, normalised: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A norm's backward in factors: mixers and centred directions, less each row's own direction times ``pull``."""
@@ -139,7 +147,7 @@ class OtherRows:
         return self.mixers * spread.mT, self.directions - self.directions.mean(-1, keepdim=True), pull
 
     def sizes(self, spread: Tensor) -> Tensor:
-        """A bound on each row's share of that sum, shape ``(m, T - 1, 1)``."""
+        """A bound on the size of what each row receives, shape ``(m, T - 1, 1)``."""
         lengths = torch.linalg.vector_norm(self.directions, dim=-1, dtype=spread.dtype)[..., None]
         return self.mixers.abs().to(spread.dtype).mT @ lengths * spread
 
@@ -147,7 +155,7 @@ class OtherRows:
 class FollowedRows:
     """Forward of a block's followed rows that keeps what their backward needs.
 
-    Every followed row attends to itself and to the other rows.
+    Every followed row attends to the class row and to the other rows.
 
     Args:
         block: The block.
@@ -173,11 +181,12 @@ class FollowedRows:
             return F.linear(rows, weight(module), None if module.bias is None else module.bias.detach().to(dtype))
 
         self.entering = self.rows.entering.detach().requires_grad_()
-        self.own = F.layer_norm(self.entering[:, :1], (width,), eps=block.norm_before.eps).to(dtype)
-        if self.rows.normalised is not None:
-            self.own = torch.cat([self.own, self.rows.normalised], dim=1)
+        own = F.layer_norm(self.entering[:, :1], (width,), eps=block.norm_before.eps).to(dtype)
+        means = own.new_empty(examples, 0, width) if self.rows.normalised is None else self.rows.normalised
+        self.means = means.detach().requires_grad_()
+        self.normalised = torch.cat([own, self.means], dim=1)
         gain, shift = (p.detach().to(dtype) for p in (block.norm_before.weight, block.norm_before.bias))
-        self.queried = self.own * gain + shift
+        self.queried = self.normalised * gain + shift
         self.query = linear(block.query, self.queried)
         by_head = self.query.view(examples * followed, heads, -1)
         key, value = (weight(m).view(heads, -1, width) for m in (block.key, block.value))
@@ -186,11 +195,11 @@ class FollowedRows:
         self.gained = self.probe * gain
         # The followed rows' heads side by side: one pass over the other rows for all of them.
         beside = (self.gained.flatten(1, 2) @ others.mT).unflatten(1, (followed, heads))
-        self.scores = torch.cat([self.gained @ self.own[..., None], beside], dim=-1)
+        self.scores = torch.cat([self.gained @ own[..., None], beside], dim=-1)
         scores = self.scores if self.rows.bias is None else self.scores + self.rows.bias.to(dtype)
         self.attention = scores.softmax(-1, dtype=torch.promote_types(torch.float32, dtype)).to(dtype)
         pooled = (self.attention[..., 1:].flatten(1, 2) @ others).unflatten(1, (followed, heads))
-        self.pooled = self.attention[..., :1] * self.own[..., None, :] + pooled
+        self.pooled = self.attention[..., :1] * own[:, None] + pooled
         self.attended = self.pooled * gain + shift
         mixed = torch.bmm(self.attended.flatten(0, 1).transpose(0, 1), value.mT).transpose(0, 1)
         if block.value.bias is not None:
@@ -226,6 +235,7 @@ class FollowedRows:
         block = self.block
         wanted = [
             self.entering,
+            self.means,
             self.queried,
             self.query,
             self.probe,
@@ -243,6 +253,7 @@ class FollowedRows:
         ]
         (
             entering,
+            means,
             queried,
             query,
             probe,
@@ -259,11 +270,10 @@ class FollowedRows:
             contracted,
         ) = torch.autograd.grad(self.leaving, wanted, delta.to(self.leaving.dtype))
         by_head = self.query.detach().unflatten(2, (block.heads, -1)) * block.scaling
-        gain = queried * self.own + (gained * self.probe + attended * self.pooled).sum(2)
+        gain = queried * self.normalised + (gained * self.probe + attended * self.pooled).sum(2)
         terms: dict[nn.Module | Tensor, PathTerm] = {
             block.norm_before: _norm_term(block.norm_before, gain, queried + attended.sum(2)),
-            # What other rows ask is nothing like what their mean would ask.
-            block.query: _row_term(block.query, query[:, :1], self.queried[:, :1]),
+            block.query: _row_term(block.query, query, self.queried),
             block.key: HeadsTerm(by_head, probe, block.key.bias is not None, True),
             block.value: HeadsTerm(mixed, self.attended.detach(), block.value.bias is not None, False),
             block.output: _row_term(block.output, projected, self.mixed.flatten(2)),
@@ -278,12 +288,14 @@ class FollowedRows:
                 factor = 1.0 if self.rows.branches is None else self.rows.branches[position]
                 gradient = (into * branch.detach().to(into.dtype) * factor).sum(1, keepdim=True)
                 terms[scale] = DenseTerm(gradient, (scale.shape,))
-        weights, reads = self.attention.detach()[..., 1:], attention[..., 1:]
-        others = OtherRows(
-            torch.cat([scores[:, 0, :, 1:], weights.flatten(1, 2)], dim=1),
-            torch.cat([self.gained.detach()[:, 0], pooled.flatten(1, 2)], dim=1),
-            torch.cat([self.scores.detach()[:, 0, :, 1:], reads.flatten(1, 2)], dim=1),
-        )
+        mixers = [scores[..., 1:].flatten(1, 2), self.attention.detach()[..., 1:].flatten(1, 2)]
+        directions = [self.gained.detach().flatten(1, 2), pooled.flatten(1, 2)]
+        along = [self.scores.detach()[..., 1:].flatten(1, 2), attention[..., 1:].flatten(1, 2)]
+        if self.rows.shares is not None:
+            mixers.append(self.rows.shares.mT)
+            directions.append(means)
+            along.append(means @ self.rows.others.mT)
+        others = OtherRows(*(torch.cat(parts, dim=1) for parts in (mixers, directions, along)))
         return entering, terms, others
 
 

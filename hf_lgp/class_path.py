@@ -6,15 +6,15 @@ example: :mod:`~hf_lgp.row_notes` notes what that takes while the model runs, wi
 blocks backwards once the residuals are known. In the last block this is the exact gradient; in earlier ones it leaves out what
 travels through the other rows' streams.
 
-Most of that remainder is what the class token reads from other rows in *later* blocks, handed down along the residual stream:
-``d x_t^l`` is nearly the sum over later blocks ``j`` of what row ``t`` receives from the class row's attention there. Those
-gradients point in nearly one direction for all rows of an example, so one row, the mean of the others weighted by what they
-receive, with the sum of their gradients, stands for them all (a mean-field estimate): it is followed beside the class row
-through the first two thirds of the blocks. Only the queries' gradient is left to the class row.
+Most of that remainder is what the class token reads from other rows in *later* blocks. Rows of one example that look alike are
+asked alike, so a few mean rows stand for all of them: the rows are divided into four groups, and each group's mean, weighted by what
+its rows receive, is followed beside the class row with the sum of the group's gradients, through all blocks but the last. What
+comes out of a block for the rows of a group is what their mean receives, and what attention asks of every row by itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_block import FollowedRows, OtherRows
+from .attention_block import FollowedRows
 from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
-from .row_notes import Backbone, RowNotes
+from .row_notes import Backbone, MeanRows, RowNotes
 from .rules import BroadcastRule, ConvRule, Rule, ScaleRule
 
 
@@ -34,14 +34,14 @@ class ClassPath(RowNotes):
     Args:
         backbone: The backbone.
         rules: The rules whose parameters' path gradients are wanted.
-        mean_row: Whether to follow the mean of the other rows beside the class row.
+        mean_rows: Whether to follow means of the other rows beside the class row.
 
     Attributes:
         finite: For which examples the last walk stayed finite, bool of shape ``(m,)`` on the device.
     """
 
-    def __init__(self, backbone: Backbone, rules: list[Rule], mean_row: bool = True) -> None:
-        self.rules, self.mean_row = rules, mean_row
+    def __init__(self, backbone: Backbone, rules: list[Rule], mean_rows: bool = True) -> None:
+        self.rules = rules
         self._by_module = {
             rule.module: p for p, rule in enumerate(rules) if not isinstance(rule, BroadcastRule | ScaleRule)
         }
@@ -49,9 +49,9 @@ class ClassPath(RowNotes):
         self.finite = torch.ones((), dtype=torch.bool)
         patches = None if backbone.patches is None else self._by_module.get(backbone.patches)
         patch_rule = None if patches is None else rules[patches]
-        # Late in the stack the class row leaves little over, and nothing in the last block.
-        with_mean = min(len(backbone.blocks) - 1, -(-2 * len(backbone.blocks) // 3)) if mean_row else 0
-        super().__init__(backbone, with_mean, patch_rule.patches if isinstance(patch_rule, ConvRule) else None)
+        # In the last block the class row is all there is.
+        with_means = len(backbone.blocks) - 1 if mean_rows else 0
+        super().__init__(backbone, with_means, patch_rule.patches if isinstance(patch_rule, ConvRule) else None)
 
     def reads_class_row(self, features: Tensor) -> bool:
         """Whether the head's input of the examples just noted begins with the normalised class row; waits for the device."""
@@ -60,17 +60,33 @@ class ClassPath(RowNotes):
             row = F.layer_norm(row, norm.normalized_shape, norm.weight.to(row), norm.bias.to(row), norm.eps)
         return same_features(features, row)
 
-    def _mean_row(self, index: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean of the other rows that enter a block and of the same rows normalised, shape ``(m, 1, D)`` each.
+    def _groups(self) -> Tensor:
+        """Which of the means stands for each of the other rows, one-hot, shape ``(m, T - 1, 4)``.
 
-        The former lacks its own mean over ``D``, which no norm feels. A mean of normalised rows is shorter than a normalised mean,
+        Two directions tell them apart, in which rows of the same example differ: the sums of its rows with the signs of
+        :func:`contrasts`. Any two do nearly as well; these need no state, and no more than two passes over the rows.
+        """
+        others = self.others(min(1, len(self.backbone.blocks) - 1))
+        patterns = contrasts(others.shape[1], others)
+        patterns = (patterns - patterns.mean(1, keepdim=True)).to(others.dtype)
+        along = others @ (patterns @ others).mT
+        first, second = (along > along.mean(1, keepdim=True)).unbind(-1)
+        groups = [first & second, first & ~second, ~first & second, ~first & ~second]
+        return torch.stack(groups, dim=-1).to(others.dtype)
+
+    def _means(self, index: int, weights: Tensor, groups: Tensor) -> MeanRows:
+        """Means of the groups of rows that enter a block.
+
+        They lack their own mean over ``D``, which no norm feels. A mean of normalised rows is shorter than a normalised mean,
         whose attention would be sharper than that of any row.
         """
         others, spread = self.others(index), self._kept["spread", index]
-        weights = weights + torch.finfo(weights.dtype).tiny
-        weights = weights / weights.sum(1, keepdim=True)
-        means = torch.cat([weights / spread, weights], dim=2).to(others.dtype).mT @ others
-        return means[:, :1].to(weights.dtype), means[:, 1:]
+        tiny = torch.finfo(weights.dtype).tiny
+        shares = (weights + tiny) * groups.to(weights.dtype)
+        shares = shares / shares.sum(1, keepdim=True).clamp(min=tiny)  # a group may be empty
+        count = shares.shape[2]
+        means = torch.cat([shares / spread, shares], dim=2).to(others.dtype).mT @ others
+        return MeanRows(means[:, :count].to(weights.dtype), means[:, count:], shares.to(others.dtype))
 
     @torch.no_grad()
     def gradients(self, pullbacks: Tensor) -> list[PathTerm | None]:
@@ -92,23 +108,28 @@ class ClassPath(RowNotes):
             if backbone.norm is not None:
                 delta, term = self._through_final_norm(backbone.norm, delta)
                 self._assign(terms, {backbone.norm: term})
-            # Sum of the other rows' gradients, handed down the residual stream, and their shares of it.
-            elsewhere, weights = torch.zeros_like(delta), torch.zeros_like(self._kept["spread", 0])
-            suspect, others = torch.zeros_like(delta[:, 0]), None
+            # Sums of the other rows' gradients by group, handed down, and a measure of each row's part in them.
+            groups, weights = self._groups(), torch.zeros_like(self._kept["spread", 0])
+            elsewhere = delta[:, :0]
+            suspect, rest = torch.zeros_like(delta[:, 0]), None
             for index in reversed(range(len(backbone.blocks))):
-                mean = self._mean_row(index, weights) if index < self.with_mean else None
-                rows = self.block_rows(index, None, mean)
-                leaving = torch.stack([delta] if mean is None else [delta, elsewhere], dim=1)
+                means = self._means(index, weights, groups) if index < self.with_means else None
+                rows, spread = self.block_rows(index, None, means), self._kept["spread", index]
+                leaving = delta[:, None] if means is None else torch.cat([delta[:, None], elsewhere], dim=1)
                 entering, block_terms, others = FollowedRows(backbone.blocks[index], rows, graph=True).backward(leaving)
                 self._assign(terms, block_terms)
                 delta = entering[:, 0]
                 suspect = suspect + entering[:, 1:].sum((1, 2))
-                if index > 0 and self.mean_row:
-                    spread = self._kept["spread", index]
-                    elsewhere = elsewhere + others.total(rows.others, spread).to(elsewhere.dtype)
+                if index == 0:
+                    rest = others.rows(rows.others, spread)
+                    if means is not None:  # a mean's way down is that of its rows
+                        rest = torch.baddbmm(rest, means.shares, entering[:, 1:].to(rest.dtype))
+                elif self.with_means > 0:
+                    received = others.totals(rows.others, spread, groups).to(delta.dtype)
+                    elsewhere = received if means is None else entering[:, 1:] + received
                     weights = weights + others.sizes(spread)
-            assert others is not None
-            self._embeddings(terms, delta, others)
+            assert rest is not None
+            self._embeddings(terms, delta, rest)
             self.finite = self.finite & suspect.isfinite()
         if self.finite.device.type == "cpu" and bool(self.finite.all()):
             return terms  # looking costs nothing there
@@ -131,8 +152,7 @@ class ClassPath(RowNotes):
         term = DenseTerm(torch.stack([delta * normalised, delta], dim=1), (norm.weight.shape, norm.bias.shape))
         return _norm_backward(delta * norm.weight, normalised, spread), term
 
-    def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, others: OtherRows) -> None:
-        rest = others.rows(self.others(0), self._kept["spread", 0])
+    def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, rest: Tensor) -> None:
         # What is not finite anywhere on an example's way is not finite at its end.
         self.finite = (delta.sum(1) + rest.sum((1, 2), dtype=delta.dtype)).isfinite()
         backbone = self.backbone
@@ -157,6 +177,12 @@ def _norm_backward(delta: Tensor, normalised: Tensor, spread: Tensor) -> Tensor:
     """Backward of a norm without affine map: ``spread`` is the reciprocal standard deviation."""
     centred = delta - delta.mean(-1, keepdim=True)
     return (centred - normalised * (delta * normalised).mean(-1, keepdim=True)) * spread
+
+
+def contrasts(count: int, like: Tensor) -> Tensor:
+    """Two patterns of signs over positions, shape ``(2, count)``: first part against second, and the parts' halves."""
+    position = torch.arange(count, device=like.device) / count
+    return torch.stack([(position * turns + 0.1).sin() for turns in (2 * math.pi, 4 * math.pi)]).sign().to(like.dtype)
 
 
 def same_features(expected: Tensor, actual: Tensor, exactly: bool = False) -> bool:

@@ -42,18 +42,33 @@ class Backbone:
     embed: Callable[[Mapping[str, Any]], Tensor | None] | None
 
 
+@dataclass(frozen=True)
+class MeanRows:
+    """Weighted means of groups of the rows behind the class row.
+
+    Attributes:
+        entering: Means of the rows as they enter a block, but for a constant along ``D``, shape ``(m, K, D)``.
+        normalised: Means of the same rows after the norm without its affine map, shape ``(m, K, D)``.
+        shares: Weight of every row in every mean, shape ``(m, T - 1, K)``.
+    """
+
+    entering: Tensor
+    normalised: Tensor
+    shares: Tensor
+
+
 class RowNotes:
     """Hooks that, while armed, note rows.
 
     Args:
         backbone: The backbone.
-        with_mean: Number of blocks, from the first, in which a mean of the other rows is followed beside the class row, so that
-            masks and dropout are noted for it too.
+        with_means: Number of blocks, from the first, in which means of the other rows are followed beside the class row, so that
+            masks and dropout are noted for them too.
         unfold: The patch rows behind the embedding, from the convolution's input; None if they are not wanted.
     """
 
-    def __init__(self, backbone: Backbone, with_mean: int, unfold: Callable[[Tensor], Tensor] | None) -> None:
-        self.backbone, self.with_mean, self._unfold = backbone, with_mean, unfold
+    def __init__(self, backbone: Backbone, with_means: int, unfold: Callable[[Tensor], Tensor] | None) -> None:
+        self.backbone, self.with_means, self._unfold = backbone, with_means, unfold
         self._rows: slice | None = None
         self._chosen: Tensor | slice = slice(None)
         self._total = self._examples = 0
@@ -198,7 +213,7 @@ class RowNotes:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
         rows = mask[:, :, :1].transpose(1, 2)
-        if index < self.with_mean:
+        if index < self.with_means:
             mean = (mask if mask.shape[2] == 1 else mask[:, :, 1:]).mean(2)[:, None]
             # Rows that share no key have no mean attention; a row that sees everything stands for them as well as any.
             some = mean.amax(-1, keepdim=True) > -torch.inf
@@ -212,13 +227,13 @@ class RowNotes:
         call = self._branch_calls.get(module, 0)
         self._branch_calls[module] = call + 1
         before, after = args[0].detach()[self._chosen], output.detach()[self._chosen]
-        if index >= self.with_mean:
+        if index >= self.with_means:
             before, after = before[:, :1], after[:, :1]
         # A zero tells nothing: an earlier dropout keeps its factor of zero, else one is the expectation.
         known = before != 0
         factors = torch.where(known, after / before, torch.ones_like(after))
         factor = factors[:, :1]
-        if index < self.with_mean:
+        if index < self.with_means:
             seen = known[:, 1:].sum(1, keepdim=True)
             mean = (factors * known)[:, 1:].sum(1, keepdim=True) / seen.clamp(min=1)
             factor = torch.cat([factor, torch.where(seen > 0, mean, torch.ones_like(mean))], dim=1)
@@ -247,25 +262,36 @@ class RowNotes:
         """Note the class row that leaves the last block, shape ``(b, D)``."""
         self._keep("class", len(self.backbone.blocks), row, torch.promote_types(row.dtype, torch.float32))
 
-    def block_rows(self, index: int, rows: slice | None, mean: tuple[Tensor, Tensor] | None = None) -> BlockRows:
+    def block_rows(self, index: int, rows: slice | None, means: MeanRows | None = None) -> BlockRows:
         """What was noted of one block.
 
         Args:
             index: The block.
             rows: Which examples; None for all.
-            mean: Mean row to follow beside the class row, as it enters and normalised, shape ``(m, 1, D)`` each.
+            means: Means of the other rows to follow beside the class row.
         """
         part = slice(None) if rows is None else rows
-        followed, normalised = self._kept["class", index][part, None], None
-        if mean is not None:
-            followed, normalised = torch.cat([followed, mean[0]], dim=1), mean[1]
-        bias, branches = self._get("bias", index), (self._get("branch 0", index), self._get("branch 1", index))
+        followed = self._kept["class", index][part, None]
+        count = 0
+        if means is not None:
+            followed, count = torch.cat([followed, means.entering], dim=1), means.entering.shape[1]
+
+        def of_each(name: str) -> Tensor | None:
+            """What was noted of the class row and of the other rows' mean, for every followed row."""
+            noted = self._get(name, index)
+            if noted is None:
+                return None
+            noted = noted[part]
+            return torch.cat([noted[:, :1], noted[:, 1:].expand(-1, count, *noted.shape[2:])], dim=1)
+
+        branches = of_each("branch 0"), of_each("branch 1")
         return BlockRows(
             followed,
             self.others(index)[part],
-            normalised,
-            None if bias is None else bias[part],
-            None if branches[0] is None or branches[1] is None else (branches[0][part], branches[1][part]),
+            None if means is None else means.normalised,
+            None if means is None else means.shares,
+            of_each("bias"),
+            None if branches[0] is None or branches[1] is None else (branches[0], branches[1]),
         )
 
 

@@ -27,10 +27,10 @@ def batch(seed_offset: int = 0) -> dict[str, Tensor]:
     return TinyImages(2 * EXAMPLES).batch(seed_offset, seed_offset + EXAMPLES)
 
 
-def path_of(model: Any, mean_row: bool = False) -> ClassPath:
+def path_of(model: Any, mean_rows: bool = False) -> ClassPath:
     backbone = find_backbone(model)
     assert backbone is not None
-    return ClassPath(backbone, trunk_rules(model, model.classifier), mean_row=mean_row)
+    return ClassPath(backbone, trunk_rules(model, model.classifier), mean_rows=mean_rows)
 
 
 @contextmanager
