@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -136,6 +136,7 @@ def test_price_is_variance_times_cost() -> None:
 
 @quick
 @given(rho2=st.floats(0.02, 0.98), kappa=st.floats(0.02, 0.98))
+@example(rho2=0.020000000000000004, kappa=0.02)
 def test_best_fraction_beats_a_grid(rho2: float, kappa: float) -> None:
     fraction, best = estimator.best_fraction(rho2, kappa), estimator.best_price(rho2, kappa)
     grid = min(estimator.price(step / 2000, rho2, kappa) for step in range(1, 2001))
@@ -143,7 +144,8 @@ def test_best_fraction_beats_a_grid(rho2: float, kappa: float) -> None:
     assert best == pytest.approx(estimator.price(fraction, rho2, kappa), rel=1e-9)
     assert best <= grid + 1e-9
     assert grid == pytest.approx(best, rel=2e-3)
-    assert (best < 1) == estimator.pays(rho2, kappa)
+    if abs(rho2 - kappa) > 1e-6:  # at the break-even the price is 1 but for rounding
+        assert (best < 1) == estimator.pays(rho2, kappa)
 
 
 def test_nothing_pays_at_the_break_even() -> None:
