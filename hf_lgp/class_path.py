@@ -47,6 +47,7 @@ class ClassPath(RowNotes):
         }
         self._by_parameter = {parameter: p for p, rule in enumerate(rules) for parameter in rule.parameters}
         self.finite = torch.ones((), dtype=torch.bool)
+        self._patterns = torch.empty(2, 0)
         patches = None if backbone.patches is None else self._by_module.get(backbone.patches)
         patch_rule = None if patches is None else rules[patches]
         # In the last block the class row is all there is.
@@ -61,14 +62,16 @@ class ClassPath(RowNotes):
         return same_features(features, row)
 
     def _groups(self) -> Tensor:
-        """Which of the means stands for each of the other rows, one-hot, shape ``(m, T - 1, 4)``.
+        """Which of four means stands for each of the other rows, one-hot, shape ``(m, T - 1, 4)``.
 
         Two directions tell them apart, in which rows of the same example differ: the sums of its rows with the signs of
         :func:`contrasts`. Any two do nearly as well; these need no state, and no more than two passes over the rows.
         """
-        others = self.others(min(1, len(self.backbone.blocks) - 1))
-        patterns = contrasts(others.shape[1], others)
-        patterns = (patterns - patterns.mean(1, keepdim=True)).to(others.dtype)
+        others = self.others(1)
+        patterns = self._patterns
+        if patterns.shape[1] != others.shape[1] or patterns.dtype != others.dtype or patterns.device != others.device:
+            patterns = contrasts(others.shape[1]).to(others)
+            patterns = self._patterns = patterns - patterns.mean(1, keepdim=True)
         along = others @ (patterns @ others).mT
         first, second = (along > along.mean(1, keepdim=True)).unbind(-1)
         groups = [first & second, first & ~second, ~first & second, ~first & ~second]
@@ -79,6 +82,11 @@ class ClassPath(RowNotes):
 
         They lack their own mean over ``D``, which no norm feels. A mean of normalised rows is shorter than a normalised mean,
         whose attention would be sharper than that of any row.
+
+        Args:
+            index: The block.
+            weights: Of the rows, shape ``(m, T - 1, 1)``; they need not sum to one.
+            groups: Which group each row belongs to, one-hot, shape ``(m, T - 1, K)``.
         """
         others, spread = self.others(index), self._kept["spread", index]
         tiny = torch.finfo(weights.dtype).tiny
@@ -109,13 +117,14 @@ class ClassPath(RowNotes):
                 delta, term = self._through_final_norm(backbone.norm, delta)
                 self._assign(terms, {backbone.norm: term})
             # Sums of the other rows' gradients by group, handed down, and a measure of each row's part in them.
-            groups, weights = self._groups(), torch.zeros_like(self._kept["spread", 0])
-            elsewhere = delta[:, :0]
+            weights, groups = torch.zeros_like(self._kept["spread", 0]), self._groups() if self.with_means > 0 else None
+            elsewhere = delta.new_zeros(len(delta), 0, width)
             suspect, rest = torch.zeros_like(delta[:, 0]), None
-            for index in reversed(range(len(backbone.blocks))):
-                means = self._means(index, weights, groups) if index < self.with_means else None
+            last = len(backbone.blocks) - 1
+            for index in reversed(range(last + 1)):
+                means = None if groups is None or index == last else self._means(index, weights, groups)
                 rows, spread = self.block_rows(index, None, means), self._kept["spread", index]
-                leaving = delta[:, None] if means is None else torch.cat([delta[:, None], elsewhere], dim=1)
+                leaving = torch.cat([delta[:, None], elsewhere], dim=1)
                 entering, block_terms, others = FollowedRows(backbone.blocks[index], rows, graph=True).backward(leaving)
                 self._assign(terms, block_terms)
                 delta = entering[:, 0]
@@ -124,7 +133,7 @@ class ClassPath(RowNotes):
                     rest = others.rows(rows.others, spread)
                     if means is not None:  # a mean's way down is that of its rows
                         rest = torch.baddbmm(rest, means.shares, entering[:, 1:].to(rest.dtype))
-                elif self.with_means > 0:
+                elif groups is not None:
                     received = others.totals(rows.others, spread, groups).to(delta.dtype)
                     elsewhere = received if means is None else entering[:, 1:] + received
                     weights = weights + others.sizes(spread)
@@ -133,7 +142,11 @@ class ClassPath(RowNotes):
             self.finite = self.finite & suspect.isfinite()
         if self.finite.device.type == "cpu" and bool(self.finite.all()):
             return terms  # looking costs nothing there
-        return [None if term is None else term.only(self.finite) for term in terms]
+        kept: list[PathTerm | None] = []
+        while terms:  # one at a time: a term that was replaced frees its memory
+            unmasked = terms.pop()
+            kept.append(None if unmasked is None else unmasked.only(self.finite))
+        return kept[::-1]
 
     def _assign(self, terms: list[PathTerm | None], found: Mapping[nn.Module | Tensor, PathTerm]) -> None:
         for owner, term in found.items():
@@ -179,10 +192,10 @@ def _norm_backward(delta: Tensor, normalised: Tensor, spread: Tensor) -> Tensor:
     return (centred - normalised * (delta * normalised).mean(-1, keepdim=True)) * spread
 
 
-def contrasts(count: int, like: Tensor) -> Tensor:
+def contrasts(count: int) -> Tensor:
     """Two patterns of signs over positions, shape ``(2, count)``: first part against second, and the parts' halves."""
-    position = torch.arange(count, device=like.device) / count
-    return torch.stack([(position * turns + 0.1).sin() for turns in (2 * math.pi, 4 * math.pi)]).sign().to(like.dtype)
+    position = torch.arange(count) / count
+    return torch.stack([(position * turns + 0.1).sin() for turns in (2 * math.pi, 4 * math.pi)]).sign()
 
 
 def same_features(expected: Tensor, actual: Tensor, exactly: bool = False) -> bool:

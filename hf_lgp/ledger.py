@@ -30,7 +30,7 @@ def summary(figures: Mapping[str, float], steps: Mapping[str, int], seconds: flo
     if steps["predicted"]:
         line += f", {figures['rho2']:.0%} of their variance explained at the end"
     if not figures["window"] and not steps["predicted"]:
-        return f"{line}: nothing was learnt to predict with, since the run was short or predictions alone take as long as exact steps."
+        return f"{line}: nothing was learnt to predict with, since the run was short or predictions would save too little time."
     if "time_saved" not in figures:
         return f"{line}, control fraction {figures['fraction']:.3g}."
     saved = figures["time_saved"]

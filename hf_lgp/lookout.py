@@ -27,6 +27,9 @@ _FIRST_LOOK = 16
 """Micro-batches after the predictor was ready that an exact one is observed, and then after twice, four times, ... as many: predictions
 may become good soon."""
 
+_WORTH_LEARNING = 0.9
+"""Cost of a step, relative to an exact one, that perfect predictions have to keep to: to learn them costs time as well, and none is perfect."""
+
 _EARLY_TRIALS = 2
 """So many trials may fail before they become rare: the machine may have been busy."""
 
@@ -34,14 +37,14 @@ _LOOKING_SHARE = 0.004
 """Share of the time that goes into looks, and what follows from them, in a long run."""
 
 _HOPELESS_SHARE = 0.0004
-"""The same where no prediction, however good, would pay for its time: only the machine can change that."""
+"""The same where even perfect predictions would save too little: only the machine can change that."""
 
 
 class Lookout:
     """The schedule of looks, rehearsals and trials of one training run.
 
     Attributes:
-        hopeless: Whether no prediction, however good, would pay for its time.
+        hopeless: Whether even perfect predictions would save too little time.
         ready_at: Number of the micro-batch at which the predictor was ready; negative before.
         looked_at: That of the last look or change of plan.
     """
@@ -121,9 +124,10 @@ class Lookout:
         """
         known = bool(costs.timed) or costs.seconds(REHEARSED) is not None
         known = known and costs.seconds(EXACT) is not None and not insists
-        # Not even if everything were explained.
+        # Not enough even if everything were explained.
         least = min(map(costs.relative, candidates), default=math.inf)
-        self.hopeless = known and least > HYSTERESIS
+        # What is learnt already need not pay for learning.
+        self.hopeless = known and least > (HYSTERESIS if costs.timed else _WORTH_LEARNING)
         # A look may be followed by another trial of what did not pay, if it should by the rehearsal.
         retried = (plan for plan in costs.timed if price(plan, costs.expected(plan)) < HYSTERESIS)
         lost = max((price(plan, costs.relative(plan)) - 1.0 for plan in retried), default=0.0)

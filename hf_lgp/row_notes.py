@@ -175,7 +175,7 @@ class RowNotes:
         # Kept without the class row: batched products copy a tensor that is not contiguous every time.
         self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
         self._keep("class", index, hidden[:, 0], wide)
-        self._keep("spread", index, spread[:, 1:])
+        self._keep("spread", index, spread[:, 1:], torch.promote_types(spread.dtype, torch.float32))
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
         return normalised
@@ -268,7 +268,7 @@ class RowNotes:
         Args:
             index: The block.
             rows: Which examples; None for all.
-            means: Means of the other rows to follow beside the class row.
+            means: Means of the other rows of these examples, to follow beside the class row.
         """
         part = slice(None) if rows is None else rows
         followed = self._kept["class", index][part, None]

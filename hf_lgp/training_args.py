@@ -88,7 +88,7 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_class_path: bool = field(
         default=True,
         metadata={
-            "help": "Compute the gradient along the class token, with one mean row for all others, in models whose head reads it."
+            "help": "Compute the gradient along the class token, with four mean rows for all others, in models whose head reads it."
         },
     )
     lgp_seed: int = field(

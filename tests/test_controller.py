@@ -112,7 +112,7 @@ def test_a_fixed_fraction_is_neither_timed_nor_reviewed() -> None:
 
 
 def automatic(on_path: bool = True, **values: Any) -> Controller:
-    return controller(on_path, **{"control_fraction": 0.0, **values})
+    return controller(on_path, **{"control_fraction": 0.0, "variance_budget": 1.25, **values})
 
 
 def test_exact_steps_and_a_prediction_are_timed_before_anything_is_observed() -> None:

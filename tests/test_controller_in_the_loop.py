@@ -27,7 +27,7 @@ class Loop:
     """
 
     def __init__(self, seconds: Callable[[Plan, int], float], rho2: Callable[[int], float]) -> None:
-        self.controller = Controller(LGPSettings().resolved(on_path=False), on_path=False)
+        self.controller = Controller(LGPSettings(variance_budget=1.25).resolved(on_path=False), on_path=False)
         self.seconds, self.rho2 = seconds, rho2
         self.observed = self.changes = 0
         self.plans: list[Plan] = []

@@ -118,7 +118,7 @@ def groups_of(rows: Tensor) -> Tensor:
     chosen = torch.zeros(*rows.shape[:2], 4, dtype=rows.dtype)
     for example, own in enumerate(rows):
         index = torch.zeros(len(own), dtype=torch.long)
-        for place, pattern in zip((2, 1), contrasts(len(own), own), strict=True):
+        for place, pattern in zip((2, 1), contrasts(len(own)).double(), strict=True):
             direction = sum(sign * row for sign, row in zip(pattern - pattern.mean(), own, strict=True))
             along = own @ direction
             index += place * (along <= along.mean())
@@ -333,6 +333,15 @@ def test_frozen_parameters(family: str, frozen: str) -> None:
         if frozen in name and "classifier" not in name and not ("norm" in name and frozen == "bias"):
             parameter.requires_grad_(False)
     compare(model)
+
+
+@pytest.mark.parametrize(("family", "patch", "rows"), [("vit", 8, 1), ("dinov2", 8, 1), ("deit", 8, 2)])
+def test_groups_without_rows(family: str, patch: int, rows: int) -> None:
+    model = tiny_classifier(family, num_hidden_layers=3, patch_size=patch)
+    seen = compare(model)
+    entering = seen[0].entering[1].detach()[:, 1:]
+    assert entering.shape[1] == rows
+    assert bool((groups_of(entering).sum(1) == 0).any()), "a mean stands for nothing"
 
 
 HIDDEN = ((0, 1), (0, 2), (1, 2), (3, 4))
@@ -572,15 +581,15 @@ def test_masked_rows_in_one_of_two_forwards(family: str) -> None:
         assert [mask is None for forward in seen for mask in forward.masks[:1]] == [False, True]
 
 
-@pytest.mark.parametrize("precision", ["autocast", "bfloat16 model"])
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16", "float16"])
 @families
-def test_bfloat16_is_close(family: str, precision: str) -> None:
+def test_half_precision_is_close(family: str, precision: str) -> None:
     model = tiny_classifier(family, num_hidden_layers=3)
     path = path_of(model, mean_rows=True)
     note(path, model, batch())
     exact = torch.cat([gradient.sum(0) for gradient in stacked(path)])
     path.close()
-    half = model.to(torch.float32 if precision == "autocast" else torch.bfloat16)
+    half = model.to(torch.float32 if precision == "autocast" else getattr(torch, precision))
     path = path_of(half, mean_rows=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         note(path, half, {"pixel_values": batch()["pixel_values"].to(half.dtype)})
