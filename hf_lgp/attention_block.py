@@ -7,8 +7,8 @@ four passes over the normalised rows, and the weight gradient of keys and of val
 
     dL/dW_k = q_h (x) sum_t ds_t n_t        dL/dW_v = do_h (x) sum_t a_t n_t
 
-(up to the norm's own affine map). The other rows enter as constants. More rows than one can be followed in this way at
-nearly the same cost: their heads share the passes over the other rows.
+(up to the norm's own affine map). The other rows enter as constants; what the class row asks of them is returned as :class:`OtherRows`.
+More rows than one can be followed in this way: their heads share the passes over the other rows.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ class FollowedRows:
             delta: Gradient of the followed rows leaving the block, shape ``(m, S, D)``.
 
         Returns:
-            ``(entering, terms, others)``: the gradient of the entering rows, shape ``(m, S, D)``; a term for every module and
-            loose parameter; the gradient that the other rows receive.
+            ``(entering, terms, others)``: the gradient of the entering rows, shape ``(m, S, D)``, but for what a mean's query receives,
+            which the other rows share; a term for every module and loose parameter; the gradient that the other rows receive.
         """
         block = self.block
         wanted = [

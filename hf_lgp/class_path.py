@@ -1,4 +1,4 @@
-"""The class-token path: the gradient that reaches every tensor along the class token alone, at about one row's cost.
+"""The class-token path: the gradient along the class token, and by four mean rows for all others, at the cost of a few rows.
 
 A classifier on the class token receives its gradient through one row. With the other rows entering each block held constant
 (in the first block they are not: there the gradient goes on into the embeddings), the backward pass follows a single row per
@@ -87,6 +87,9 @@ class ClassPath(RowNotes):
             index: The block.
             weights: Of the rows, shape ``(m, T - 1, 1)``; they need not sum to one.
             groups: Which group each row belongs to, one-hot, shape ``(m, T - 1, K)``.
+
+        Returns:
+            A mean for each group; zeros for a group without rows.
         """
         others, spread = self.others(index), self._kept["spread", index]
         tiny = torch.finfo(weights.dtype).tiny

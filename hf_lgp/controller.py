@@ -14,7 +14,7 @@ from typing import Any
 from .costs import OBSERVED, REHEARSED, Costs
 from .estimator import control_size
 from .lookout import REHEARSAL, TRIAL_STEPS, Lookout
-from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of
+from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of, variance_of
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
@@ -256,12 +256,16 @@ class Controller:
         fractions = [f for f in self.fractions if not self._usual or control_size(self._usual, f) >= 2]
         return [Plan(f, ridge) for f in fractions for ridge in ((False, True) if self.on_path else (True,))]
 
-    def best(self) -> Plan:
-        """The plan to follow by the figures of the last review: the present one unless another is clearly better."""
+    def best(self, budget: float | None = None) -> Plan:
+        """The plan to follow by the figures of the last review: the present one unless another is clearly better.
+
+        Args:
+            budget: Largest variance of its gradient, 0 for no limit; None for that of the settings.
+        """
         candidates = self._candidates()
         costs = {plan: self.costs.relative(plan) for plan in candidates}
-        budget = self.settings.variance_budget or math.inf
-        return choose(self.plan, candidates, costs, self.rho2, budget, self._usual)
+        budget = self.settings.variance_budget if budget is None else budget
+        return choose(self.plan, candidates, costs, self.rho2, budget or math.inf, self._usual)
 
     @property
     def price(self) -> float:
@@ -270,6 +274,10 @@ class Controller:
 
     def _price(self, plan: Plan, cost: float) -> float:
         return price_of(plan, cost, self.rho2[plan.ridge].share, self._usual)
+
+    def variance(self, plan: Plan) -> float:
+        """Variance of a plan's gradient over that of the exact one, by the figures of the last review."""
+        return variance_of(plan, self.rho2[plan.ridge].share, self._usual)
 
     @property
     def explained(self) -> Explained:

@@ -35,9 +35,7 @@ def summary(figures: Mapping[str, float], steps: Mapping[str, int], seconds: flo
         return f"{line}, control fraction {figures['fraction']:.3g}."
     saved = figures["time_saved"]
     if saved <= 0.0:
-        return (
-            f"{line}. They did not pay here; looking whether they would took about {-saved:.1f} s of {seconds:.1f} s."
-        )
+        return f"{line}. They did not pay here within the variance budget; looking whether they would took about {-saved:.1f} s of {seconds:.1f} s."
     return (
         f"{line}. About {saved:.0f} s saved: {saved / (seconds + saved):.0%} of what exact training would have taken."
     )

@@ -126,7 +126,7 @@ class Lookout:
         known = known and costs.seconds(EXACT) is not None and not insists
         # Not enough even if everything were explained.
         least = min(map(costs.relative, candidates), default=math.inf)
-        # What is learnt already need not pay for learning.
+        # What predicts already need not pay for learning.
         self.hopeless = known and least > (HYSTERESIS if costs.timed else _WORTH_LEARNING)
         # A look may be followed by another trial of what did not pay, if it should by the rehearsal.
         retried = (plan for plan in costs.timed if price(plan, costs.expected(plan)) < HYSTERESIS)

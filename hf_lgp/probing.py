@@ -43,11 +43,12 @@ class ProbeReport:
         cost: Time of its step over that of an exact step.
         kappa: Cost of one prediction, all overhead included, in exact examples.
         rho2: Share of the gradient's variance that predictions explain, half of it that in the worst part.
-        rho2_by_block: The same by part of the model, mean over its tensors.
+        rho2_by_block: The share that predictions explain of every part of the model, mean over the part's tensors.
         exact_seconds: Time of an exact micro-batch.
         memory_mib: Memory of the predictor's window and bases.
         coverage: Share of the trunk's trainable parameters that have a prediction rule.
         on_path: Whether the class-token path is followed.
+        beyond_budget: Plan, price and variance of what would pay if there were no variance budget, where nothing pays within it; else None.
     """
 
     plan: Plan
@@ -60,10 +61,18 @@ class ProbeReport:
     memory_mib: float
     coverage: float
     on_path: bool
+    beyond_budget: tuple[Plan, float, float] | None = None
 
     @property
     def verdict(self) -> str:
         """The finding in words."""
+        if self.beyond_budget is not None:
+            plan, price, variance = self.beyond_budget
+            return (
+                f"Predictions would pay here, but not within the variance budget: with exact gradients for {plan.fraction:.3g} of every "
+                f"batch the same progress would take about {price:.2f} of the time, with a gradient of {variance:.2f} times the "
+                "variance of the exact one. LGPTrainer would train exactly; to have it predict, raise `lgp_variance_budget` above that."
+            )
         if self.plan.exact:
             return (
                 "Predictions do not pay here: LGPTrainer would train exactly, and look now and then whether that has changed. "
@@ -130,7 +139,11 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     controller, predictor = engine.controller, engine.predictor
     tried = next(iter(controller.costs.timed), Plan(0.25, ridge=engine.path is None))
     controller.plan = EXACT  # no bonus for having been tried
-    plan = controller.plan = controller.best()
+    plan, beyond = controller.best(), None
+    if plan.exact and not (unlimited := controller.best(budget=0.0)).exact:
+        controller.plan = tried = unlimited
+        beyond = unlimited, controller.price, controller.variance(unlimited)
+    controller.plan = plan
     shown = tried if plan.exact else plan
     cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].share
     kappa = (controller.costs.relative(shown) - shown.fraction) / (1.0 - shown.fraction)
@@ -149,6 +162,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
         memory_mib=sum(t.numel() * t.element_size() for t in predictor.state_dict().values()) / 2**20,
         coverage=engine.coverage,
         on_path=engine.path is not None,
+        beyond_budget=beyond,
     )
 
 
@@ -167,6 +181,7 @@ def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None,
     Raises:
         ValueError: If the run is not suited to predictions, as :class:`LGPTrainer` would say, or if the data set is too small for
             a batch of two examples.
+        HeadNotFoundError: If no unique linear head produces the logits.
     """
     with tempfile.TemporaryDirectory() as folder, _random_streams_kept():
         trial = _trial_arguments(args, folder)

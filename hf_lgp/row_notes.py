@@ -269,6 +269,9 @@ class RowNotes:
             index: The block.
             rows: Which examples; None for all.
             means: Means of the other rows of these examples, to follow beside the class row.
+
+        Returns:
+            Those rows, with what masks and dropout did to each of them.
         """
         part = slice(None) if rows is None else rows
         followed = self._kept["class", index][part, None]

@@ -20,19 +20,19 @@ class LGPSettings:
     Attributes:
         control_fraction: Share ``f`` of every micro-batch that gets exact gradients, in (0, 1]; 1 is plain training, 0 chooses by
             measured price, exact steps included.
-        variance_budget: Largest variance of the gradient, relative to the exact one, that an automatic control fraction may cause; 0
-            for no limit.
+        variance_budget: Largest variance of the gradient, relative to the exact one, that an automatic control fraction may cause,
+            above 1; 0 for no limit.
         exact_steps: Optimizer steps at the start that are exact, whatever the price, before an automatic control fraction: gradients are largest
             there, and Adam remembers their noise for a thousand steps. None for a tenth of the run, 100 at most. A fixed fraction
             begins when the predictor is ready.
-        window: Number of recent exact examples the regression is fitted on.
-        rank: Basis vectors per side of a weight matrix's factored coordinates.
+        window: Number of recent exact examples the regression is fitted on, at least 1.
+        rank: Basis vectors per side of a weight matrix's factored coordinates, at least 1.
         kernel: ``"linear"`` or ``"rbf"``.
-        ridge: Regularisation, relative to the kernel's mean diagonal.
-        memory_steps: Micro-batches after which an exact example's say in predictions has faded to 1/e.
+        ridge: Regularisation, relative to the kernel's mean diagonal; positive.
+        memory_steps: Micro-batches after which an exact example's say in predictions has faded to 1/e, at least 1.
         warmup_examples: Exact examples to gather before the first prediction, the steps until then being exact; 0 to choose: 128 where the
-            class path does most of the work and a fraction is chosen by what is measured, 512 otherwise, or the window if that is less.
-        observe_examples: Largest number of exact examples observed per micro-batch.
+            class path does most of the work and a fraction is chosen by what is measured, 512 otherwise, or the window if that is less. No more than the window.
+        observe_examples: Largest number of exact examples observed per micro-batch, at least 2.
         observe_steps: Micro-batches between two that the predictor takes exact examples from, once it predicts; 0 to choose:
             8 where the class path does most of the work, 1 where the regression is alone.
         refit_steps: Micro-batches between two fits of the regression; 0 to choose: 16 with the class path, 4 without.

@@ -48,6 +48,7 @@ class LGPTrainer(Trainer):
     Raises:
         ValueError: If a setting is out of range, or model or arguments rule predictions out.
         HeadNotFoundError: At the first step, if no unique linear head produces the logits.
+        SpliceBypassedError: At a step with predictions, if ``compute_loss`` did not run the model on its inputs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,8 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_variance_budget: float = field(
         default=1.1,
         metadata={
-            "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause. 0: no limit."
+            "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. "
+            "0: no limit."
         },
     )
     lgp_exact_steps: int | None = field(

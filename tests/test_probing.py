@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import TrainingArguments
 
 from hf_lgp import LGPTrainingArguments, ProbeReport, probe
 from hf_lgp.cli import main
-from hf_lgp.plans import EXACT, Plan
+from hf_lgp.costs import Costs
+from hf_lgp.plans import EXACT, Explained, Plan
 
 QUICK: dict[str, Any] = {"lgp_warmup_examples": 32, "lgp_window": 64, "lgp_rank": 4}
 
@@ -69,6 +71,30 @@ def test_verdicts() -> None:
     )
     pays = report_of(Plan(0.25), 0.6).verdict
     assert "pay here" in pays and "0.25 of every batch" in pays and "0.60 of the time" in pays
+    beyond = replace(report_of(EXACT, 1.0), beyond_budget=(Plan(0.25), 0.8, 1.45)).verdict
+    assert (
+        "not within the variance budget" in beyond
+        and "1.45 times the variance" in beyond
+        and "0.80 of the time" in beyond
+    )
+
+
+def test_what_the_budget_alone_rules_out_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Whatever this machine's times and the model's gradients are: predictions explain 0.8 at half the cost.
+    monkeypatch.setattr(Costs, "relative", lambda self, plan: 0.5 * (1.0 + plan.fraction))
+    monkeypatch.setattr(Explained, "share", property(lambda self: 0.8))
+    tight, loose = (
+        probe(
+            tiny_vit(torch.float32),
+            TinyImages(512, dtype=torch.float32),
+            arguments(tmp_path, lgp_variance_budget=budget),
+        )
+        for budget in (1.1, 1.25)
+    )
+    assert tight.plan.exact and tight.price == 1.0 and tight.beyond_budget is not None
+    plan, price, variance = tight.beyond_budget
+    assert plan.fraction == 0.5 and price == pytest.approx(0.75 * 1.2) and variance == pytest.approx(1.2)
+    assert loose.plan == plan and loose.price == pytest.approx(price) and loose.beyond_budget is None
 
 
 SCRIPT = """
