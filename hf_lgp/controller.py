@@ -123,7 +123,9 @@ class Controller:
         return self._lookout.until_look(self.seen) == 0
 
     def _schedule(self) -> None:
-        self._lookout.schedule(self.costs, self._candidates(), self._price, self.insists)
+        budget = self.settings.variance_budget or math.inf
+        allowed = [plan for plan in self._candidates() if self.variance(plan) <= budget]
+        self._lookout.schedule(self.costs, self._candidates(), allowed, self._price, self.insists)
 
     def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
         """Whether this micro-batch, if it is observed, contributes to the bases.

@@ -112,13 +112,19 @@ class Lookout:
         self._rehearsed_at = seen
 
     def schedule(
-        self, costs: Costs, candidates: Sequence[Plan], price: Callable[[Plan, float], float], insists: bool
+        self,
+        costs: Costs,
+        candidates: Sequence[Plan],
+        allowed: Sequence[Plan],
+        price: Callable[[Plan, float], float],
+        insists: bool,
     ) -> None:
         """Decide from what was timed how often to look.
 
         Args:
             costs: What was timed.
             candidates: Plans to choose from.
+            allowed: Those of them that keep to the variance budget now.
             price: Price of a plan at a cost.
             insists: Whether nothing is hopeless.
         """
@@ -129,7 +135,8 @@ class Lookout:
         # What predicts already need not pay for learning.
         self.hopeless = known and least > (HYSTERESIS if costs.timed else _WORTH_LEARNING)
         # A look may be followed by another trial of what did not pay, if it should by the rehearsal.
-        retried = (plan for plan in costs.timed if price(plan, costs.expected(plan)) < HYSTERESIS)
+        timed = (plan for plan in costs.timed if plan in allowed)
+        retried = (plan for plan in timed if price(plan, costs.expected(plan)) < HYSTERESIS)
         lost = max((price(plan, costs.relative(plan)) - 1.0 for plan in retried), default=0.0)
         steps, share = TRIAL_STEPS[-1], _LOOKING_SHARE
         if self.hopeless:
@@ -137,7 +144,7 @@ class Lookout:
         spent = costs.observing() + steps * min(max(lost, 0.0), 10.0)
         if not costs.timed:  # or by another rehearsal
             spent += REHEARSALS * min(costs.expected(REHEARSED), 10.0)
-        by_counts = (price(plan, Costs().expected(plan)) for plan in candidates)
+        by_counts = (price(plan, Costs().expected(plan)) for plan in allowed)
         self._rests_on_rehearsal = not costs.timed and min(by_counts, default=math.inf) < HYSTERESIS
         self._interval = 1 + _LOOK_MULTIPLE * max(1, math.ceil(spent / share / _LOOK_MULTIPLE))
 

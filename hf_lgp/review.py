@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class Review:
     def begin(self, ready: bool, examples: int, size: int) -> None:
         """Begin a micro-batch of ``examples`` examples and ``size`` units of work, with a review if one is due.
 
-        The one before it is timed up to here, optimizer and data loader included, unless it was interrupted.
+        The one before it is timed up to here, optimizer and data loader included, unless it has ended.
         """
         if not self.controller.automatic:
             return
@@ -68,12 +67,6 @@ class Review:
         """End the present micro-batch, if it has not ended yet: what comes now is no part of it."""
         if self._label is not None:
             self.stopwatch.stop(self._label, self._label[1])
-        self._label = None
-
-    def interrupt(self) -> None:
-        """Do not time the present micro-batch: something else was done since it began."""
-        if self._label is not None:
-            self.stopwatch.void(self._label)
         self._label = None
 
     def _review(self, wait: bool) -> None:
@@ -100,9 +93,7 @@ class Review:
         if event is not None:
             event.synchronize()
         path, both, path_worst, both_worst, *means = values.tolist()
-        # What one process could not time none of them counts: NaN spreads in averages.
-        timed = ((label, mean) for label, mean in zip(labels, means, strict=True) if not math.isnan(mean))
-        readings = [(plan, size, mean) for (plan, size), mean in timed]
+        readings = [(plan, size, mean) for (plan, size), mean in zip(labels, means, strict=True)]
         self.controller.review(readings, (Explained(path, path_worst), Explained(both, both_worst)))
         self.reviews += 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Hashable
 from typing import Any
@@ -47,10 +46,6 @@ class Stopwatch:
             self._taken = [*self._taken[-_KEPT:], (label, size, self._began, self._now())]
         self._began = None
 
-    def void(self, label: Hashable) -> None:
-        """End it without a time: it counts as a piece of work, so that all processes have as many, and takes NaN seconds."""
-        self.stop(label, math.nan)
-
     def collect(self, wait: bool = False) -> list[tuple[Hashable, float]]:
         """Labels and seconds per unit of the work done so far, in order; each is given once.
 
@@ -65,8 +60,7 @@ class Stopwatch:
 
     def state_dict(self) -> list[tuple[Hashable, float, float]]:
         """Labels, sizes and seconds of what was not collected yet; on a GPU this waits for it."""
-        timed = (piece for piece in self._taken if not math.isnan(piece[1]))
-        return [(label, size, self._seconds(began, ended)) for label, size, began, ended in timed]
+        return [(label, size, self._seconds(began, ended)) for label, size, began, ended in self._taken]
 
     def load_state_dict(self, taken: list[tuple[Hashable, float, float]]) -> None:
         """Restore :meth:`state_dict`."""

@@ -309,6 +309,11 @@ class LGPTrainer(Trainer):
         self._lgp_stop_clock()
         return super().evaluate(*args, **kwargs)
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as ``Trainer`` does, which is no part of a training step's time."""
+        self._lgp_stop_clock()
+        super().save_model(*args, **kwargs)
+
     def _lgp_stop_clock(self) -> None:
         """What comes now is no part of a micro-batch, unless one is just computed: losses may log."""
         if self._lgp_engine is not None and not self._lgp_engine.stepping:
@@ -364,8 +369,6 @@ class LGPTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._lgp_engine is not None:
-            self._lgp_engine.review.interrupt()
         if self._lgp_engine is None or not self.args.should_save:
             return
         tensors, counters = self._lgp_engine.state_dict()

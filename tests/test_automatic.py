@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return costs[{EXACT: "exact", OBSERVED: "observed", REHEARSED: "rehearsed"}.get(plan, "predicted")]
 
     def collected(self: Stopwatch, wait: bool = False) -> list[tuple[Any, float]]:
-        return [(label, seconds if math.isnan(seconds) else told(label)) for label, seconds in collect(self)]
+        return [(label, told(label)) for label, _ in collect(self)]
 
     monkeypatch.setattr(Stopwatch, "collect", collected)
     return costs
@@ -217,7 +216,7 @@ class Logs(LGPTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-@pytest.mark.parametrize("besides", ["callback", "evaluation", "log"])
+@pytest.mark.parametrize("besides", ["callback", "evaluation", "log", "save"])
 def test_what_is_done_besides_is_no_part_of_a_step(
     besides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +239,15 @@ def test_what_is_done_besides_is_no_part_of_a_step(
     settings: dict[str, Any] = {"lgp_variance_budget": 0.0}
     if besides == "evaluation":
         settings |= {"eval_dataset": SlowEvaluation(clock), "eval_strategy": "steps", "eval_steps": 3}
+    if besides == "save":
+        settings |= {"save_strategy": "steps", "save_steps": 3, "save_only_model": True, "save_total_limit": 1}
+        save = LGPTrainer._save
+
+        def slow(*args: Any, **kwargs: Any) -> None:
+            clock[0] += 1000.0
+            save(*args, **kwargs)
+
+        monkeypatch.setattr(LGPTrainer, "_save", slow)
     callbacks = [Evaluates(clock)] if besides == "callback" else None
     trainer = run(tmp_path, callbacks=callbacks, kind=Logs if besides == "log" else LGPTrainer, **settings)
     assert trainer._lgp_steps["predicted"] > 0
