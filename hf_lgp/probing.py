@@ -141,8 +141,8 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     controller.plan = EXACT  # no bonus for having been tried
     plan, beyond = controller.best(), None
     if plan.exact and not (unlimited := controller.best(budget=0.0)).exact:
-        controller.plan = tried = unlimited
-        beyond = unlimited, controller.price, controller.variance(unlimited)
+        variance = controller.variance(unlimited)
+        tried, beyond = unlimited, (unlimited, variance * controller.costs.relative(unlimited), variance)
     controller.plan = plan
     shown = tried if plan.exact else plan
     cost, rho2 = controller.costs.relative(plan), controller.rho2[shown.ridge].share
