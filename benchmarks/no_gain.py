@@ -3,7 +3,8 @@
 ``random-labels``: CIFAR-10 images whose labels are drawn at random, so that nothing is to be learned but the images one by
 one. They are not augmented, and accuracy is that on the training images: on any others it is chance. ``tiny``: scikit-learn's digits and a ViT
 of two blocks of width 32, whose steps are so short that every overhead shows. Runs, options and result files are those of
-``time_to_accuracy.py``; the figures to read are ``total_seconds`` and ``final_accuracy``.
+``time_to_accuracy.py``; the figures to read are ``total_seconds`` and ``final_accuracy``. Runs of some seconds are best compared
+with ``--turns 0.1``: a machine's speed changes more from one run to the next than what is to be measured.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from accuracy_tasks import Task, finetune, scratch, scratch_folder, training_arg
 from common import RESULTS, VITS, BatchAugmented, Positions, environment, write_json
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from turns import Turns, referee
 
 from hf_lgp import LGPTrainingArguments
 
@@ -45,6 +45,7 @@ class Watch(TrainerCallback):
         self.clocks = [0.0, 0.0]
         self.started = [0.0, 0.0]
         self.first_step = 0.0
+        self.turns = Turns(options.turns)
         self.curve: list[dict[str, float]] = []
 
     def _now(self, device: torch.device) -> list[float]:
@@ -62,16 +63,21 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._read(0, model, args.device)
+        self.turns.wait()
         self.started = self._now(args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
-        if step == 1 or step in self.points:
+        if step == 1 or step in self.points or self.turns.over:
             self._pause(args.device)
             if step == 1:
                 self.first_step = self.clocks[0]
             if step in self.points:
                 self._read(step, model, args.device)
+            if self.turns.over:
+                # Waiting is no part of a step, and this is how LGPTrainer sees where one ends.
+                evaluate(model, tuple(part[:1] for part in self.task.test), args.device, self.options.bf16)
+                self.turns.wait()
             self.started = self._now(args.device)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -166,7 +172,7 @@ def run_all(options: argparse.Namespace) -> None:
     cells: list[dict[str, Any]] = []
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["settings"] != settings:
+        if {"turns": 0.0, **stored["settings"]} != settings:
             raise SystemExit(f"{path} holds runs with other settings: choose another --name.")
         cells = stored["cells"]
 
@@ -180,11 +186,15 @@ def run_all(options: argparse.Namespace) -> None:
     wanted = [(arm, seed) for seed, arms in zip(options.seeds, orders, strict=True) for arm in arms]
     wanted = [key for key in wanted if key not in {(cell["arm"], cell["seed"]) for cell in cells}]
     if wanted:
-        in_own_process(options, "prepare", 0)
-    for arm, seed in wanted:
-        cells.append(in_own_process(options, arm, seed))
-        cell = cells[-1]
-        print(f"{arm}, seed {seed}: {cell['seconds']:.1f} s, accuracy {cell['final']['accuracy']:.4f}", flush=True)
+        in_own_processes(options, [("prepare", 0)])
+    together = len(options.arms) if options.turns else 1
+    while wanted:
+        now = [key for key in wanted[:together] if key[1] == wanted[0][1]]
+        wanted = wanted[len(now) :]
+        fresh = in_own_processes(options, now)
+        cells += fresh
+        for (arm, seed), cell in zip(now, fresh, strict=True):
+            print(f"{arm}, seed {seed}: {cell['seconds']:.1f} s, accuracy {cell['final']['accuracy']:.4f}", flush=True)
         save()
     result = save()
     for arm, figures in result["summary"]["arms"].items():
@@ -200,12 +210,18 @@ def headline(figures: dict[str, Any], primary: str) -> dict[str, Any]:
     return {**ratios, "final accuracy": [final[name] for name in ("mean", "difference", "standard_error")]}
 
 
-def in_own_process(options: argparse.Namespace, arm: str, seed: int) -> Any:
-    """Call this script for one cell, and read what it leaves; the cell ``prepare`` only fills the caches."""
-    target = scratch_folder(options) / f"{options.name}-cell.json"
-    target.unlink(missing_ok=True)
-    subprocess.run([sys.executable, *sys.argv, "--cell", arm, str(seed)], check=True)
-    return json.loads(target.read_text(encoding="utf-8"))
+def in_own_processes(options: argparse.Namespace, cells: list[tuple[str, int]]) -> list[Any]:
+    """Call this script for each cell, and read what it leaves; the cell ``prepare`` only fills the caches."""
+    targets = [cell_file(options, *cell) for cell in cells]
+    for target in targets:
+        target.unlink(missing_ok=True)
+    referee([[sys.executable, *sys.argv, "--cell", arm, str(seed)] for arm, seed in cells])
+    return [json.loads(target.read_text(encoding="utf-8")) for target in targets]
+
+
+def cell_file(options: argparse.Namespace, arm: str, seed: int) -> Path:
+    """Where one cell's process leaves its result."""
+    return scratch_folder(options) / f"{options.name}-{arm}-{seed}.json"
 
 
 def main_of(options: argparse.Namespace, tasks: dict[str, Callable[[argparse.Namespace], Task]]) -> None:
@@ -216,7 +232,7 @@ def main_of(options: argparse.Namespace, tasks: dict[str, Callable[[argparse.Nam
     arm, seed = options.cell
     task = tasks[options.task](options)
     cell = {} if arm == "prepare" else run_cell(options, task, arm, int(seed))
-    (scratch_folder(options) / f"{options.name}-cell.json").write_text(json.dumps(cell), encoding="utf-8")
+    cell_file(options, arm, int(seed)).write_text(json.dumps(cell), encoding="utf-8")
 
 
 def argument_parser(description: str, tasks: list[str]) -> argparse.ArgumentParser:
@@ -241,6 +257,9 @@ def argument_parser(description: str, tasks: list[str]) -> argparse.ArgumentPars
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--turns", type=float, default=0.0, help="run the arms of a seed side by side, in turns of so many seconds"
+    )
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see whether it runs")
     parser.add_argument("--name", help="name of the result files")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
 
 from .exhaustion import Exhaustion
 from .factors import Factors
@@ -26,7 +27,7 @@ _NODES_SEARCHED = 256
 
 
 class Capture:
-    """Hooks on the modules of ``rules`` that, while armed, fill a buffer of coordinates.
+    """Hooks on the modules of ``rules`` that fill a buffer of coordinates; they are there only while armed.
 
     Args:
         rules: The parameter rules; tensor ``i`` of ``subspace`` belongs to ``rules[i]``.
@@ -46,16 +47,7 @@ class Capture:
         self._examples = 0
         self._chosen: Tensor | slice = slice(None)
         self._consume: Callable[[int, Factors], None] | None = None
-        broadcast: dict[nn.Module, list[int]] = {}
-        self._handles = []
-        for position, rule in enumerate(rules):
-            if isinstance(rule, BroadcastRule | ScaleRule):
-                broadcast.setdefault(rule.module, []).append(position)
-            else:
-                hook = partial(self._module_ran, position)
-                self._handles.append(rule.module.register_forward_hook(hook, with_kwargs=True))
-        for module, positions in broadcast.items():
-            self._handles.append(module.register_forward_hook(partial(self._owner_ran, positions)))
+        self._handles: list[RemovableHandle] = []
 
     def arm(
         self,
@@ -74,15 +66,27 @@ class Capture:
         """
         self._coordinates = coordinates.zero_()
         self._examples, self._chosen, self._consume = examples, chosen, consume
+        self._attach()
+
+    def _attach(self) -> None:
+        if self._handles:
+            return
+        # Before the hooks of others, which may replace the output; and only for now: even an idle hook slows its module down.
+        broadcast: dict[nn.Module, list[int]] = {}
+        for position, rule in enumerate(self.rules):
+            if isinstance(rule, BroadcastRule | ScaleRule):
+                broadcast.setdefault(rule.module, []).append(position)
+            else:
+                hook = partial(self._module_ran, position)
+                self._handles.append(rule.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        for module, positions in broadcast.items():
+            hook = partial(self._owner_ran, positions)
+            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def disarm(self) -> None:
-        """Stop capturing; hooks of a graph that was never run backward become inert."""
+        """Stop capturing and remove every hook from the model; those of a graph that was never run backward become inert."""
         self._coordinates = None
         self._consume = None
-
-    def close(self) -> None:
-        """Remove every hook from the model."""
-        self.disarm()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -95,7 +99,9 @@ class Capture:
         inputs = args[0] if args else next(iter(kwargs.values()))
         output.register_hook(partial(self._gradient_arrived, position, inputs.detach()))
 
-    def _owner_ran(self, positions: list[int], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _owner_ran(
+        self, positions: list[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if self._coordinates is None or not isinstance(output, Tensor) or output.grad_fn is None:
             return
         wanted = {self.rules[position].parameters[0]: position for position in positions}

@@ -123,8 +123,7 @@ class Controller:
         return self._lookout.until_look(self.seen) == 0
 
     def _schedule(self) -> None:
-        budget = self.settings.variance_budget or math.inf
-        allowed = [plan for plan in self._candidates() if self.variance(plan) <= budget]
+        allowed = [plan for plan in self._candidates() if self.variance(plan) <= self.budget]
         self._lookout.schedule(self.costs, self._candidates(), allowed, self._price, self.insists)
 
     def moves_bases(self, ready: bool, fitted: bool = True) -> bool:
@@ -242,9 +241,9 @@ class Controller:
         chosen = self.best()
         changed = chosen != self.plan
         if changed:
-            self.plan, self._settling, self._lookout.looked_at = chosen, _SETTLING_STEPS, self.seen
+            self.plan, self._settling = chosen, _SETTLING_STEPS
+            self._lookout.changed(self.seen, given_up=chosen.exact)
             if chosen.exact:  # the exact steps that it was compared with may be long past: once more, with fresh ones
-                self._lookout.failed(self.seen)
                 self.costs.renew_exact()
                 self.review_in(_SETTLING_STEPS + _AWAKE)
             elif chosen not in self.costs.timed:
@@ -262,12 +261,16 @@ class Controller:
         """The plan to follow by the figures of the last review: the present one unless another is clearly better.
 
         Args:
-            budget: Largest variance of its gradient, 0 for no limit; None for that of the settings.
+            budget: Largest variance of its gradient over that of the exact one; None for that of the settings.
         """
         candidates = self._candidates()
         costs = {plan: self.costs.relative(plan) for plan in candidates}
-        budget = self.settings.variance_budget if budget is None else budget
-        return choose(self.plan, candidates, costs, self.rho2, budget or math.inf, self._usual)
+        return choose(self.plan, candidates, costs, self.rho2, self.budget if budget is None else budget, self._usual)
+
+    @property
+    def budget(self) -> float:
+        """Largest variance of a plan's gradient over that of the exact one; infinite without a limit."""
+        return self.settings.variance_budget or math.inf
 
     @property
     def price(self) -> float:

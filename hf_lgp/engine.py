@@ -373,7 +373,7 @@ class LGPEngine:
 
     def close(self) -> None:
         """Remove every hook from the model."""
-        self.observer.capture.close()
+        self.observer.capture.disarm()
         if self.path is not None:
             self.path.close()
         self._handle.remove()

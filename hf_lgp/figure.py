@@ -22,17 +22,16 @@ def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLi
         path: Where the image goes; the suffix says in which format. Replaced in one go if there is one already.
 
     Returns:
-        Whether a figure was drawn: not without matplotlib, nor from a log without readings.
+        Whether a figure was drawn: not without matplotlib, nor of a run in which nothing was learnt to predict with.
 
     Raises:
         OSError: If the file cannot be written.
     """
     fraction = series(log_history, "lgp_fraction")
-    if not fraction[0]:
+    # 0 until something is measured.
+    rho2 = series([entry for entry in log_history if entry.get("lgp_rho2")], "lgp_rho2")
+    if not rho2[0]:
         return False
-    rho2 = series(
-        [entry for entry in log_history if entry.get("lgp_rho2")], "lgp_rho2"
-    )  # 0 until something is measured
     try:
         from matplotlib.figure import Figure  # never pyplot: its state and backend are the user's
     except ImportError:

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 class FigureCallback(TrainerCallback):
     """Draws ``lgp.png`` into ``args.output_dir`` at the end of training, on the world's main process.
 
-    Without matplotlib, or if nothing was logged in this run, no figure appears.
+    Without matplotlib, or if the run learnt nothing to predict with, no figure appears.
     """
 
     def on_train_end(

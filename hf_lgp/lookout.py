@@ -33,6 +33,10 @@ _WORTH_LEARNING = 0.9
 _EARLY_TRIALS = 2
 """So many trials may fail before they become rare: the machine may have been busy."""
 
+_ESTABLISHED = 64
+"""A plan that was followed for so many micro-batches has proved itself. That it is given up may be the machine's doing: looks begin anew,
+and as many trials may fail as at first."""
+
 _LOOKING_SHARE = 0.004
 """Share of the time that goes into looks, and what follows from them, in a long run."""
 
@@ -53,6 +57,7 @@ class Lookout:
         self.hopeless = False
         self.ready_at = self.looked_at = -1
         self._interval = 1
+        self._since = -1
         self._rests_on_rehearsal = False
         self._failures, self._failed_at, self._rehearsed_at = 0, -1, -1
 
@@ -64,8 +69,9 @@ class Lookout:
         """
         if self.ready_at < 0:
             return _FIRST_LOOK
-        so_far = max(_FIRST_LOOK, self.looked_at - self.ready_at)
-        steps = self._interval if self.hopeless else min(so_far, self._interval)
+        so_far = max(_FIRST_LOOK, self.looked_at - max(self.ready_at, self._since))
+        doubtful = self._since >= 0 and self._failures < _EARLY_TRIALS
+        steps = self._interval if self.hopeless and not doubtful else min(so_far, self._interval)
         return max(0, self.looked_at + steps - seen)
 
     def until_rehearsal(self, seen: int) -> int:
@@ -95,13 +101,18 @@ class Lookout:
         """
         return self._failures < _EARLY_TRIALS or seen - self._failed_at >= self._interval
 
-    def failed(self, seen: int) -> None:
-        """Note that predictions were given up.
+    def changed(self, seen: int, given_up: bool) -> None:
+        """Note a change of plan.
 
         Args:
             seen: Micro-batches so far.
+            given_up: Whether predictions were given up.
         """
-        self._failures, self._failed_at = self._failures + 1, seen
+        if given_up and seen - self.looked_at >= _ESTABLISHED:
+            self._since, self._failures = seen, 0
+        elif given_up:
+            self._failures, self._failed_at = self._failures + 1, seen
+        self.looked_at = seen
 
     def rehearsed(self, seen: int) -> None:
         """Note a rehearsal.
@@ -150,8 +161,8 @@ class Lookout:
 
     def state_dict(self) -> list[int]:
         """Counters."""
-        return [self.ready_at, self.looked_at, self._failures, self._failed_at, self._rehearsed_at]
+        return [self.ready_at, self.looked_at, self._failures, self._failed_at, self._rehearsed_at, self._since]
 
     def load_state_dict(self, state: Sequence[int]) -> None:
         """Restore :meth:`state_dict`; what follows from times is decided anew by :meth:`schedule`."""
-        self.ready_at, self.looked_at, self._failures, self._failed_at, self._rehearsed_at = state
+        self.ready_at, self.looked_at, self._failures, self._failed_at, self._rehearsed_at, self._since = state

@@ -140,7 +140,7 @@ def _report(engine: LGPEngine, names: dict[int, str], unit: int) -> ProbeReport:
     tried = next(iter(controller.costs.timed), Plan(0.25, ridge=engine.path is None))
     controller.plan = EXACT  # no bonus for having been tried
     plan, beyond = controller.best(), None
-    if plan.exact and not (unlimited := controller.best(budget=0.0)).exact:
+    if plan.exact and not (unlimited := controller.best(budget=math.inf)).exact:
         variance = controller.variance(unlimited)
         tried, beyond = unlimited, (unlimited, variance * controller.costs.relative(unlimited), variance)
     controller.plan = plan

@@ -56,7 +56,6 @@ def coordinates_of(
     capture.arm(buffer, EXAMPLES, chosen)
     loss_of(model, model.state_dict(keep_vars=True), inputs).backward()
     capture.disarm()
-    capture.close()
     return rules, subspace, buffer
 
 

@@ -40,7 +40,15 @@ def test_a_figure_is_drawn_without_touching_pyplot(tmp_path: Path) -> None:
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
-@pytest.mark.parametrize("history", [[], [{"step": 5, "loss": 1.0}], [{"step": 5, "eval_loss": 1.0}]])
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [{"step": 5, "loss": 1.0}],
+        [{"step": 5, "eval_loss": 1.0}],
+        [{"step": 5, "loss": 1.0, "lgp_fraction": 1.0, "lgp_rho2": 0.0}],
+    ],
+)
 def test_nothing_is_drawn_of_a_run_without_readings(history: list[dict[str, Any]], tmp_path: Path) -> None:
     assert not draw_history(history, tmp_path / "lgp.png")
     assert not list(tmp_path.iterdir())
