@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .costs import OBSERVED, REHEARSED, Costs
+from .costs import OBSERVED, Costs
 from .estimator import control_size
 from .lookout import REHEARSAL, TRIAL_STEPS, Lookout
 from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of, variance_of
@@ -231,7 +231,7 @@ class Controller:
         self._unaccounted += [reading for reading in readings if reading[0] != EXACT]
         if (exact := self.costs.seconds(EXACT)) is not None:
             instead = (
-                (size, self.costs.own(plan, seconds), 0.0 if plan == REHEARSED else exact)
+                (size, self.costs.own(plan, seconds), 0.0 if plan.fraction == 0.0 else exact)
                 for plan, size, seconds in self._unaccounted
             )
             self.saved += sum(size * (spared - seconds) for size, seconds, spared in instead)

@@ -15,8 +15,14 @@ OBSERVED = Plan(1.0, ridge=True)
 REHEARSED = Plan(0.0)
 """Stands for predictions of a whole micro-batch that are thrown away."""
 
-REHEARSALS = 3
-"""So many are made in a row, and kept: the first sets up what later ones reuse."""
+REHEARSED_PART = Plan(0.0, ridge=True)
+"""The same of a part of one, which tells how much of a pass's time does not depend on the number of its examples."""
+
+PART = 4
+"""That part is one so-manieth."""
+
+REHEARSALS = 2
+"""So many of each are made in a row, and kept: the first sets up what the second reuses."""
 
 _KEPT = 48
 """Readings kept of each plan: some cycles of refits and basis moves, which are dear and rare."""
@@ -65,7 +71,7 @@ class Costs:
         readings = self._readings.get(plan, ())
         if not readings:
             return None
-        if plan == REHEARSED:
+        if plan.fraction == 0.0:
             return min(readings)
         if not plan.exact and len(readings) < _ENOUGH:
             exact = self.seconds(EXACT)
@@ -89,7 +95,7 @@ class Costs:
     @property
     def timed(self) -> list[Plan]:
         """Plans with predictions that are known from measured times."""
-        plans = (plan for plan in self._readings if not plan.exact and plan != REHEARSED)
+        plans = (plan for plan in self._readings if not plan.exact and plan.fraction > 0.0)
         return [plan for plan in plans if self.seconds(plan) is not None]
 
     def relative(self, plan: Plan) -> float:
@@ -104,13 +110,29 @@ class Costs:
             return known[plan] / exact
         nearest = min(known, key=lambda other: (other.ridge != plan.ridge, abs(other.fraction - plan.fraction)))
         ridge = _RIDGE * (plan.ridge - nearest.ridge)
-        return known[nearest] / exact + _SLOPE * (plan.fraction - nearest.fraction) + ridge
+        slope = _SLOPE * (1.0 - self.fixed_share)
+        return known[nearest] / exact + slope * (plan.fraction - nearest.fraction) + ridge
 
     def expected(self, plan: Plan) -> float:
         """Cost of a plan in exact steps as it looks before any was timed: from the rehearsal, or from operation counts without one."""
+        fixed, fraction = self.fixed_share, plan.fraction
+        control, rest = fixed + (1.0 - fixed) * fraction, fixed + (1.0 - fixed) * (1.0 - fraction)
+        return control + rest * self.prediction + _RIDGE * plan.ridge
+
+    @property
+    def prediction(self) -> float:
+        """Cost of predicting a whole micro-batch, in exact steps."""
         exact, rehearsed = self.seconds(EXACT), self.seconds(REHEARSED)
-        prediction = _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
-        return plan.fraction + (1.0 - plan.fraction) * prediction + _RIDGE * plan.ridge
+        return _PREDICTION if exact is None or rehearsed is None else rehearsed / exact
+
+    @property
+    def fixed_share(self) -> float:
+        """Share of a pass's time that does not depend on the number of its examples; 0 before it was rehearsed."""
+        whole, part = self.seconds(REHEARSED), self.seconds(REHEARSED_PART)
+        if not whole or part is None:
+            return 0.0
+        # Seconds are those of one unit of work: of a part, there are fewer units.
+        return min(1.0, max(0.0, (part / whole - 1.0) / (PART - 1.0)))
 
     def forget_dear(self) -> None:
         """Forget what plans with predictions took that were dearer than the rehearsal promised: the machine may have been busy."""
@@ -141,4 +163,4 @@ class Costs:
 
 
 def _empty(plan: Plan) -> deque[float]:
-    return deque(maxlen=_KEPT_EXACT if plan.exact else REHEARSALS if plan == REHEARSED else _KEPT)
+    return deque(maxlen=_KEPT_EXACT if plan.exact else REHEARSALS if plan.fraction == 0.0 else _KEPT)

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from .class_path import ClassPath, same_features
 from .controller import Controller
-from .costs import REHEARSALS, REHEARSED
+from .costs import REHEARSALS, REHEARSED, REHEARSED_PART
 from .estimator import control_size
 from .exchange import Exchange
 from .families import find_backbone
@@ -159,14 +159,17 @@ class LGPEngine:
         return self.controller.rehearses(self.predictor.ready)
 
     @torch.no_grad()
-    def rehearse(self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int, size: int) -> None:
+    def rehearse(
+        self, inputs: Mapping[str, Any], forward: Callable[[], Any], examples: int, size: int, whole: bool = True
+    ) -> None:
         """Time the prediction of a micro-batch, for no other use: where that alone is dear, nothing need be learnt.
 
         Args:
             inputs: The model's inputs, without labels.
             forward: Runs the model on them.
-            examples: Size ``m`` of the micro-batch.
+            examples: Their number.
             size: Entries of the model's input.
+            whole: Whether these are all examples of the micro-batch; a :data:`~hf_lgp.costs.PART` of them otherwise.
         """
         try:
             for _ in range(REHEARSALS):
@@ -177,7 +180,7 @@ class LGPEngine:
                     for term in self.path.gradients(pullbacks):
                         if term is not None:
                             term.total(torch.zeros_like(pullbacks[:, 0]), None)
-                self.review.stopwatch.stop((REHEARSED, size), size)
+                self.review.stopwatch.stop((REHEARSED if whole else REHEARSED_PART, size), size)
         finally:
             self._collected = None
             if self.path is not None:

@@ -154,7 +154,7 @@ class Lookout:
             lost, steps, share = max(least - 1.0, 0.1), TRIAL_STEPS[0], _HOPELESS_SHARE
         spent = costs.observing() + steps * min(max(lost, 0.0), 10.0)
         if not costs.timed:  # or by another rehearsal
-            spent += REHEARSALS * min(costs.expected(REHEARSED), 10.0)
+            spent += REHEARSALS * min(costs.prediction, 10.0)
         by_counts = (price(plan, Costs().expected(plan)) for plan in allowed)
         self._rests_on_rehearsal = not costs.timed and min(by_counts, default=math.inf) < HYSTERESIS
         self._interval = 1 + _LOOK_MULTIPLE * max(1, math.ceil(spent / share / _LOOK_MULTIPLE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from .batches import batch_size, contributing, entries, first_label, part_of
 from .compatibility import refuse_incompatible
+from .costs import PART
 from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
 from .estimator import relative_cost
@@ -233,9 +235,14 @@ class LGPTrainer(Trainer):
         """Time predictions before anything is learnt for them."""
         assert self._lgp_engine is not None
         model.train()
-        plain = part_of(inputs, torch.arange(examples, device=self.args.device), examples, without=self.label_names)
-        with self._lgp_sparing_memory(), private_randomness(self.args.device, seed), self.accelerator.autocast():
-            self._lgp_engine.rehearse(plain, lambda: self._lgp_model(**plain), examples, entries(inputs))
+        for count in (examples, examples // PART):
+            if count == 0 or self._lgp_exhausted:
+                return
+            few = torch.arange(count, device=self.args.device)
+            plain = part_of(inputs, few, examples, without=self.label_names)
+            size = entries(inputs) * count // examples
+            with self._lgp_sparing_memory(), private_randomness(self.args.device, seed), self.accelerator.autocast():
+                self._lgp_engine.rehearse(plain, partial(self._lgp_model, **plain), count, size, count == examples)
 
     def _lgp_observe(self, inputs: dict[str, Any], examples: int, seed: int) -> None:
         """A small exact pass of the model as it is, not compiled, for the predictor to learn from; no gradient is kept."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hf_lgp.controller import Controller
-from hf_lgp.costs import OBSERVED, REHEARSALS, REHEARSED
+from hf_lgp.costs import OBSERVED, PART, REHEARSALS, REHEARSED, REHEARSED_PART
 from hf_lgp.plans import EXACT, Explained, Plan, price_of
 from hf_lgp.settings import LGPSettings
 
@@ -53,9 +53,10 @@ class Loop:
             self._readings = []
         label, plan, extra = controller.label(ready, EXAMPLES), controller.now(ready), 0.0
         if controller.rehearses(ready):
-            rehearsal = [self.seconds(REHEARSED, seen) for _ in range(REHEARSALS)]
-            self._readings += [(REHEARSED, 1.0, seconds) for seconds in rehearsal]
-            extra = sum(rehearsal)
+            for rehearsed, size in ((REHEARSED, 1.0), (REHEARSED_PART, 1.0 / PART)):
+                rehearsal = [self.seconds(rehearsed, seen) for _ in range(REHEARSALS)]
+                self._readings += [(rehearsed, size, seconds) for seconds in rehearsal]
+                extra += sum(rehearsal) * size
         observes = plan.exact and controller.observes(ready)
         seconds = self.seconds(OBSERVED if observes else plan, seen)
         if label is not None:
@@ -76,15 +77,21 @@ class Loop:
         return sum(not plan.exact for plan in plans) / len(plans)
 
 
-def machine(prediction: float, observing: float = 0.1, actual: float | None = None) -> Callable[[Plan, int], float]:
-    """An exact micro-batch takes a second, ``prediction`` the prediction of one when rehearsed and ``actual`` in a plan."""
+def machine(
+    prediction: float, observing: float = 0.1, actual: float | None = None, fixed: float = 0.0
+) -> Callable[[Plan, int], float]:
+    """An exact micro-batch takes a second, ``prediction`` the prediction of one when rehearsed and ``actual`` in a plan.
+
+    Of these, the share ``fixed`` does not depend on the number of examples.
+    """
 
     def seconds(plan: Plan, seen: int) -> float:
-        if plan == REHEARSED:
-            return prediction
+        if plan.fraction == 0.0:  # in units of work, of which a part has fewer
+            return prediction * (1.0 + fixed * (PART - 1.0) * (plan == REHEARSED_PART))
         if plan.exact:
             return 1.0 + observing * (plan == OBSERVED)
-        return plan.fraction + (1.0 - plan.fraction) * (prediction if actual is None else actual)
+        control, rest = (fixed + (1.0 - fixed) * share for share in (plan.fraction, 1.0 - plan.fraction))
+        return control + rest * (prediction if actual is None else actual)
 
     return seconds
 
@@ -95,12 +102,18 @@ def test_what_pays_is_followed_and_what_does_not_is_not() -> None:
     assert good.controller.saved == pytest.approx(good.saved, rel=0.05)
 
 
+def test_passes_of_mostly_overhead_are_seen_through_before_anything_is_learnt() -> None:
+    loop = Loop(machine(0.45, fixed=0.6), lambda _: 0.99).run(2000)
+    assert loop.predicted(0) == 0.0 and loop.observed == 0
+    assert Loop(machine(0.45, fixed=0.2), lambda _: 0.99).run(2000).predicted(50) > 0.95
+
+
 @pytest.mark.parametrize(("accumulation", "extra"), [(4, 0.4), (4, 0.8), (8, 1.6)])
 def test_what_the_end_of_an_optimizer_step_takes_makes_no_difference(accumulation: int, extra: float) -> None:
     plain = machine(0.5)
 
     def seconds(plan: Plan, seen: int) -> float:
-        return plain(plan, seen) + extra * (seen % accumulation == accumulation - 1 and plan != REHEARSED)
+        return plain(plan, seen) + extra * (seen % accumulation == accumulation - 1 and plan.fraction > 0.0)
 
     loop = Loop(seconds, lambda _: 0.95).run(4000)
     assert loop.predicted(50) > 0.9 and loop.changes <= 12
@@ -153,4 +166,4 @@ def test_noise_costs_little_whatever_the_price(cost: float) -> None:
             for plan in Loop(seconds, lambda _: 0.93).run(4000).plans
         ]
     best = min(0.0, *(price_of(p, plain(p, 0), 0.93, EXAMPLES) - 1.0 for p in (Plan(0.25), Plan(0.5))))
-    assert sum(lost) / len(lost) < best + 0.03
+    assert sum(lost) / len(lost) < best + 0.04

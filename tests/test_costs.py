@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_lgp.costs import OBSERVED, REHEARSED, Costs
+from hf_lgp.costs import OBSERVED, REHEARSED, REHEARSED_PART, Costs
 from hf_lgp.plans import EXACT, Plan
 
 
@@ -30,6 +30,19 @@ def test_a_timed_plan_has_its_own_cost_and_tells_those_of_others() -> None:
     assert table.relative(plan) == pytest.approx(0.5)
     assert table.relative(Plan(0.125, ridge=True)) < 0.5 < table.relative(Plan(0.5, ridge=True)) < 1.0
     assert table.relative(Plan(0.25)) < 0.5
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.3, 1.0])
+def test_a_rehearsal_of_a_part_tells_what_does_not_depend_on_the_number_of_examples(fixed: float) -> None:
+    # A whole micro-batch of 8 units takes 4 s, a quarter of it 4 s times what is fixed and a quarter of the rest.
+    part = 4.0 * (fixed + (1.0 - fixed) / 4.0)
+    table = costs(
+        exact=(EXACT, [1.0] * 3), whole=(REHEARSED, [9.0, 4.0 / 8.0]), part=(REHEARSED_PART, [9.0, part / 2.0])
+    )
+    assert table.fixed_share == pytest.approx(fixed) and table.prediction == pytest.approx(0.5) and table.timed == []
+    control, rest = (fixed + (1.0 - fixed) * share for share in (0.25, 0.75))
+    assert table.relative(Plan(0.25)) == pytest.approx(control + 0.5 * rest)
+    assert table.relative(Plan(0.5)) - table.relative(Plan(0.25)) == pytest.approx(0.25 * (1.0 - fixed) * 0.5)
 
 
 def test_few_readings_of_a_plan_tell_nothing_yet() -> None:
