@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .alignment import Alignment
 from .controller import Controller
+from .costs import REHEARSED
 from .exchange import Exchange
 from .plans import EXACT, Explained, Plan
 from .stopwatch import Stopwatch
@@ -68,6 +69,18 @@ class Review:
         if self._label is not None:
             self.stopwatch.stop(self._label, self._label[1])
         self._label = None
+
+    @property
+    def rehearsed_in_vain(self) -> bool:
+        """Whether the predictions just rehearsed took longer than exact steps.
+
+        False where that is not known without waiting for the device, or for other processes, which have to do the same.
+        """
+        if self.exchange.processes > 1:
+            return False
+        rehearsed = self.stopwatch.least(lambda label: label[0] == REHEARSED)
+        exact = self.controller.costs.seconds(EXACT) or self.stopwatch.least(lambda label: label[0] == EXACT)
+        return rehearsed is not None and exact is not None and rehearsed > exact
 
     def _review(self, wait: bool) -> None:
         if wait and self._staged is not None:

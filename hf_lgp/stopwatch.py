@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -57,6 +57,17 @@ class Stopwatch:
         count = max(0, len(self._taken) - (_IN_FLIGHT if self._events and not wait else 0))
         taken, self._taken = self._taken[:count], self._taken[count:]
         return [(label, self._seconds(began, ended) / size) for label, size, began, ended in taken]
+
+    def least(self, wanted: Callable[[Any], bool]) -> float | None:
+        """Seconds per unit of the shortest piece not collected yet whose label is wanted; None if unknown without waiting.
+
+        Args:
+            wanted: Tells of a label whether it is wanted.
+        """
+        if self._events:
+            return None
+        pieces = ((ended - began) / size for label, size, began, ended in self._taken if wanted(label))
+        return min(pieces, default=None)
 
     def state_dict(self) -> list[tuple[Hashable, float, float]]:
         """Labels, sizes and seconds of what was not collected yet; on a GPU this waits for it."""

@@ -236,7 +236,7 @@ class LGPTrainer(Trainer):
         assert self._lgp_engine is not None
         model.train()
         for count in (examples, examples // PART):
-            if count == 0 or self._lgp_exhausted:
+            if count == 0 or self._lgp_exhausted or self._lgp_engine.review.rehearsed_in_vain:
                 return
             few = torch.arange(count, device=self.args.device)
             plain = part_of(inputs, few, examples, without=self.label_names)

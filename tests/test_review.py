@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hf_lgp.alignment import Alignment
 from hf_lgp.controller import Controller
+from hf_lgp.costs import REHEARSED
 from hf_lgp.exchange import Exchange
+from hf_lgp.plans import EXACT
 from hf_lgp.review import Review
 from hf_lgp.settings import LGPSettings
 
@@ -52,3 +54,19 @@ def test_the_number_of_readings_is_that_of_micro_batches(between: Callable[[Revi
     assert exchange.sizes == [4 + 3]
     ((_, _, *seconds),) = own.controller.costs.state_dict()
     assert len(seconds) == 3
+
+
+def test_predictions_dearer_than_exact_steps_are_known_at_once_but_not_among_several_processes() -> None:
+    mine = review(Recorded())
+    assert not mine.rehearsed_in_vain, "nothing is known yet"
+    now = iter([0.0, 2.0, 0.0, 9.0, 0.0, 3.0])
+    mine.stopwatch._now = lambda: next(now)  # type: ignore[method-assign]
+    for plan in (EXACT, REHEARSED, REHEARSED):
+        mine.stopwatch.start()
+        mine.stopwatch.stop((plan, 1), 1.0)
+    assert mine.rehearsed_in_vain
+    mine.controller.costs.record(EXACT, 4.0)
+    assert not mine.rehearsed_in_vain
+    mine.controller.costs.record(EXACT, 1.0)
+    mine.exchange.processes = 2
+    assert not mine.rehearsed_in_vain

@@ -19,6 +19,18 @@ def test_durations_per_unit_in_order_and_only_once() -> None:
     assert watch.collect() == []
 
 
+def test_the_least_of_what_was_not_collected() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    now = iter([1.0, 3.0, 10.0, 10.5, 20.0, 21.0])
+    watch._now = lambda: next(now)  # type: ignore[method-assign]
+    for label in ("a", "b", "a"):
+        watch.start()
+        watch.stop(label, 2.0)
+    assert watch.least("a".__eq__) == 0.5 and watch.least("c".__eq__) is None
+    watch.collect()
+    assert watch.least("a".__eq__) is None
+
+
 def test_what_was_not_collected_is_restored() -> None:
     watch, restored = Stopwatch(torch.device("cpu")), Stopwatch(torch.device("cpu"))
     watch.start()
