@@ -2,7 +2,7 @@
 
 Within a period it decides from counts alone, so it never waits for the device and every process of a distributed run takes the
 same branch. With an automatic control fraction it reviews its plan every few dozen micro-batches while it predicts, and after every look while it
-does not, from figures that all processes share.
+does not, from figures that all processes share. At a fixed fraction only the regression's use is reviewed, where there is a path besides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from .costs import OBSERVED, Costs
 from .estimator import control_size
 from .lookout import REHEARSAL, TRIAL_STEPS, Lookout
-from .plans import EXACT, FRACTIONS, Explained, Plan, choose, price_of, variance_of
+from .plans import EXACT, FRACTIONS, Explained, Plan, choose, choose_ridge, price_of, variance_of
 from .settings import LGPSettings
 
 _EAGER_BASIS_STEPS = 8
@@ -82,6 +82,11 @@ class Controller:
     def automatic(self) -> bool:
         """Whether the plan is chosen by price."""
         return self.settings.automatic
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is more than one plan to choose from."""
+        return self.automatic or self.on_path
 
     def now(self, ready: bool) -> Plan:
         """The plan of the next micro-batch: exact until the predictor is ready, and now and then to time exact steps."""
@@ -203,7 +208,7 @@ class Controller:
 
     def review_due(self, ready: bool) -> bool:
         """Whether to :meth:`review` before the next micro-batch: there is news, or predictions have gone on for a while."""
-        if not self.automatic:
+        if not self.chooses:
             return False
         predicting = ready and not self.plan.exact and (self.seen - self._lookout.ready_at) % _REVIEW_STEPS == 0
         return predicting or self.review_presses(ready)
@@ -226,6 +231,10 @@ class Controller:
         Returns:
             Whether the plan changed.
         """
+        self.rho2 = dict(zip((False, True), rho2, strict=True))
+        if not self.automatic:
+            before, self.plan = self.plan, choose_ridge(self.plan, self.rho2, self._usual)
+            return self.plan != before
         for plan, _, seconds in readings:
             self.costs.record(plan, seconds)
         self._unaccounted += [reading for reading in readings if reading[0] != EXACT]
@@ -236,7 +245,6 @@ class Controller:
             )
             self.saved += sum(size * (spared - seconds) for size, seconds, spared in instead)
             self._unaccounted.clear()
-        self.rho2 = dict(zip((False, True), rho2, strict=True))
         self._schedule()
         chosen = self.best()
         changed = chosen != self.plan
@@ -312,10 +320,10 @@ class Controller:
         self.seen, self._since_fit = state["seen"], state["since_fit"]
         self._due, self._observed = list(state["due"]), state["observed"]
         self._lookout.load_state_dict(state["lookout"])
-        if self.automatic:
-            self.plan = Plan(float(state["plan"][0]), bool(state["plan"][1]) or not self.on_path)
-            if self.plan.exact:
-                self.plan = EXACT
+        fraction, ridge = state["plan"]
+        self.plan = Plan(float(fraction) if self.automatic else self.plan.fraction, bool(ridge) or not self.on_path)
+        if self.plan.exact:
+            self.plan = EXACT
         self.rho2 = {ridge: Explained(*shares) for ridge, shares in zip((False, True), state["rho2"], strict=True)}
         self.saved, self._settling = state["saved"], state["settling"]
         self._last, self._usual = state["sizes"]

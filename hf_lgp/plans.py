@@ -8,7 +8,7 @@ time of a step over that of an exact one, times the variance of its gradient ove
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .estimator import control_size, relative_variance
 
@@ -38,6 +38,9 @@ FRACTIONS = (0.125, 0.25, 0.5)
 
 HYSTERESIS = 0.97
 """A plan is left only for one whose price is lower by this factor: prices are measured, and every change costs a little."""
+
+RIDGE_COST = 1.03
+"""What the regression on top of the path takes, in steps without it, where steps are not timed."""
 
 
 def variance_of(plan: Plan, rho2: float, examples: int = 0) -> float:
@@ -110,3 +113,17 @@ def choose(
     best = min(prices, key=lambda plan: prices[plan])
     stays = prices.get(current, 2.0) <= 1.0 and prices[best] > HYSTERESIS * prices[current]
     return current if stays else best
+
+
+def choose_ridge(plan: Plan, rho2: Mapping[bool, Explained], examples: int = 0) -> Plan:
+    """The plan of a fixed control fraction on a class path: with the regression only if it lowers the variance by what it costs.
+
+    Args:
+        plan: The plan followed so far, which stands while nothing was measured.
+        rho2: Shares of variance explained, without and with the regression.
+        examples: Size of the micro-batch; 0 for any.
+    """
+    if not any(explained.overall for explained in rho2.values()):
+        return plan
+    without, with_ridge = (variance_of(plan, rho2[ridge].share, examples) for ridge in (False, True))
+    return replace(plan, ridge=RIDGE_COST * with_ridge < without)

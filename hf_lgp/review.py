@@ -55,14 +55,15 @@ class Review:
 
         The one before it is timed up to here, optimizer and data loader included, unless it has ended.
         """
-        if not self.controller.automatic:
+        if not self.controller.chooses:
             return
         self.end()
         if self.controller.review_due(ready):
             self._review(wait=self.controller.review_presses(ready))
         plan = self.controller.label(ready, examples)
-        self._label = None if plan is None else (plan, size)
-        self.stopwatch.start()
+        if plan is not None:
+            self._label = plan, size
+            self.stopwatch.start()
 
     def end(self) -> None:
         """End the present micro-batch, if it has not ended yet: what comes now is no part of it."""
@@ -123,16 +124,33 @@ class Review:
         overall = torch.where(seen.any(), parts[0], torch.zeros_like(parts[0]))
         return overall, torch.minimum(overall, parts[1:].amin(0))
 
-    def state_dict(self) -> list[list[float]]:
-        """What was timed since the last review, one row per micro-batch: fraction, ridge, size, seconds."""
-        taken: list[Any] = self.stopwatch.state_dict()
-        return [[plan.fraction, float(plan.ridge), size, seconds] for (plan, size), _, seconds in taken]
+    def state_dict(self) -> dict[str, Any]:
+        """What was timed since the last review, one row per micro-batch (fraction, ridge, size, seconds), and what was staged.
 
-    def load_state_dict(self, rows: list[list[float]]) -> None:
+        On a GPU this waits for it.
+        """
+        taken: list[Any] = self.stopwatch.state_dict()
+        staged: list[Any] = []
+        if self._staged is not None:
+            labels, values, event = self._staged
+            if event is not None:
+                event.synchronize()
+            staged = [[[plan.fraction, plan.ridge, size] for plan, size in labels], values.tolist()]
+        return {
+            "taken": [[plan.fraction, plan.ridge, size, seconds] for (plan, size), _, seconds in taken],
+            "staged": staged,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.stopwatch.load_state_dict(
-            [((Plan(fraction, bool(ridge)), int(size)), size, seconds) for fraction, ridge, size, seconds in rows]
+            [((Plan(fraction, ridge), size), size, seconds) for fraction, ridge, size, seconds in state["taken"]]
         )
+        self._staged = None
+        if state["staged"]:
+            labels, values = state["staged"]
+            known = [(Plan(fraction, ridge), size) for fraction, ridge, size in labels]
+            self._staged = known, torch.tensor(values, dtype=torch.float64), None
 
     def metrics(self, ready: bool) -> dict[str, float]:
         """The present plan, its cost and price, and the time saved so far, as of the last review."""

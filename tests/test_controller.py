@@ -100,12 +100,29 @@ def test_examples_are_taken_at_some_micro_batches_once_predictions_are_made(obse
     assert taken == sorted({*measured, *range(0, 60, observe_steps)})
 
 
-def test_a_fixed_fraction_is_neither_timed_nor_reviewed() -> None:
-    decisions = controller()
-    for _ in range(200):
-        assert decisions.label(True, 8) is None and not decisions.review_due(True)
+@pytest.mark.parametrize("on_path", [True, False])
+def test_a_fixed_fraction_is_not_timed_and_reviewed_only_beside_a_path(on_path: bool) -> None:
+    decisions = controller(on_path)
+    reviewed = []
+    for step in range(100):
+        assert decisions.label(True, 8) is None
         assert decisions.now(True) == Plan(0.5, ridge=True)
+        if decisions.review_due(True):
+            reviewed.append(step)
         decisions.advance(True)
+    assert reviewed == ([0, 32, 64, 96] if on_path else [])
+
+
+def test_at_a_fixed_fraction_the_regression_is_used_where_it_explains_enough_more() -> None:
+    decisions = controller()
+    until_review(decisions)
+    plans = []
+    for path, both in ((0.0, 0.0), (0.9, 0.901), (0.0, 0.0), (0.9, 0.95), (0.95, 0.9), (0.0, 0.7)):
+        decisions.review([], explained(path, both))
+        plans.append(decisions.plan)
+    used = [True, False, False, True, False, True]
+    assert plans == [Plan(0.5, ridge) for ridge in used], "nothing measured changes nothing"
+    assert decisions.costs.timed == [] and decisions.saved == 0.0
 
 
 # -- the automatic choice ----------------------------------------------------------------------------------------------
@@ -371,5 +388,9 @@ def test_a_fixed_fraction_wins_over_a_restored_plan() -> None:
     decisions, fixed = automatic(), controller()
     until_review(decisions)
     decisions.review(readings((EXACT, 1.0)), explained(0.95, 0.95))
+    assert decisions.plan.fraction != 0.5 and not decisions.plan.ridge
     fixed.load_state_dict(decisions.state_dict())
-    assert fixed.plan == Plan(0.5, ridge=True)
+    assert fixed.plan == Plan(0.5, ridge=False)
+    alone = controller(on_path=False)
+    alone.load_state_dict(decisions.state_dict())
+    assert alone.plan == Plan(0.5, ridge=True)

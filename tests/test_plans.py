@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lgp.estimator import relative_variance
-from hf_lgp.plans import EXACT, FRACTIONS, HYSTERESIS, Explained, Plan, choose, price_of
+from hf_lgp.plans import EXACT, FRACTIONS, HYSTERESIS, RIDGE_COST, Explained, Plan, choose, choose_ridge, price_of
 
 PLANS = [Plan(f, ridge) for f in FRACTIONS for ridge in (False, True)]
 shares = st.floats(0.0, 1.0)
@@ -57,3 +57,15 @@ def test_without_any_correlation_nothing_is_predicted() -> None:
     assert not choose(EXACT, PLANS, free, {False: Explained(), True: Explained()}, math.inf).exact, (
         "free lunch is taken"
     )
+
+
+@given(st.sampled_from(PLANS), st.tuples(shares, shares), st.tuples(shares, shares))
+def test_the_regression_at_a_fixed_fraction(plan: Plan, alone: tuple[float, float], both: tuple[float, float]) -> None:
+    rho2 = {False: Explained(*alone), True: Explained(*both)}
+    chosen = choose_ridge(plan, rho2)
+    assert chosen.fraction == plan.fraction
+    if alone[0] or both[0]:
+        prices = {r: price_of(Plan(plan.fraction, r), RIDGE_COST**r, rho2[r].share) for r in (False, True)}
+        assert prices[chosen.ridge] == min(prices.values())
+    else:
+        assert chosen == plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from hf_lgp.alignment import Alignment
 from hf_lgp.controller import Controller
 from hf_lgp.costs import REHEARSED
 from hf_lgp.exchange import Exchange
-from hf_lgp.plans import EXACT
+from hf_lgp.plans import EXACT, Plan
 from hf_lgp.review import Review
 from hf_lgp.settings import LGPSettings
 
@@ -70,3 +71,20 @@ def test_predictions_dearer_than_exact_steps_are_known_at_once_but_not_among_sev
     mine.controller.costs.record(EXACT, 1.0)
     mine.exchange.processes = 2
     assert not mine.rehearsed_in_vain
+
+
+def test_what_was_timed_and_what_is_still_to_be_read_is_saved() -> None:
+    own, restored = review(Recorded()), review(Recorded())
+    own.stopwatch.load_state_dict([((Plan(0.25, ridge=True), 16), 16.0, 3.0)])
+    own._staged = (
+        [(EXACT, 16), (Plan(0.5), 16)],
+        torch.tensor([0.7, 0.8, 0.6, 0.7, 1.0, 0.6], dtype=torch.float64),
+        None,
+    )
+    restored.load_state_dict(json.loads(json.dumps(own.state_dict())))
+    assert restored.state_dict() == own.state_dict()
+    for each in (own, restored):
+        each.now()
+    assert restored.controller.state_dict() == own.controller.state_dict()
+    assert restored.state_dict() == {"taken": [], "staged": []}
+    assert len(own.controller.costs.state_dict()) == 3
