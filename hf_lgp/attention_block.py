@@ -103,21 +103,32 @@ class BlockRows:
 
 
 @dataclass(frozen=True)
-class OtherRows:
-    """Gradient of a block's other rows, after the norm without its affine map, as far as the followed rows read them.
-
-    Row ``t`` receives ``ds_t u + a_t d(pooled)`` from every head of every followed row, a product of two factors, and from a followed
-    row that is a mean of other rows its share of what that mean receives.
+class Asked:
+    """What one kind of query asks of a block's other rows: row ``t`` receives ``sum_r mixers_{r,t} directions_r``.
 
     Attributes:
-        mixers: ``ds`` and ``a`` of all heads, and shares in the means, shape ``(m, R, T - 1)``.
-        directions: ``u`` and ``d(pooled)`` of all heads, and gradients of the normalised means, shape ``(m, R, D)``.
+        mixers: Shape ``(m, R, T - 1)``.
+        directions: Shape ``(m, R, D)``.
         along: Inner products of directions and normalised rows, shape ``(m, R, T - 1)``.
     """
 
     mixers: Tensor
     directions: Tensor
     along: Tensor
+
+
+@dataclass(frozen=True)
+class OtherRows:
+    """Gradient of a block's other rows, after the norm without its affine map, as far as the followed rows read them.
+
+    Row ``t`` receives ``ds_t u`` as a key and ``a_t d(pooled)`` as a value from every head of every followed row, and from a followed
+    row that is a mean of other rows its share of what that mean receives.
+
+    Attributes:
+        parts: These three, or the first two.
+    """
+
+    parts: tuple[Asked, ...]
 
     def rows(self, normalised: Tensor, spread: Tensor) -> Tensor:
         """Gradient of the rows before the norm, row by row, shape ``(m, T - 1, D)``.
@@ -126,8 +137,11 @@ class OtherRows:
             normalised: The normalised rows, shape ``(m, T - 1, D)``.
             spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
         """
-        mixers, centred, pull = self._through_norm(normalised, spread)
-        return torch.baddbmm(normalised * pull, mixers.mT, centred, beta=-1)
+        through = normalised * -self._pull(normalised, spread)
+        for part in self.parts:
+            centred = part.directions - part.directions.mean(-1, keepdim=True)
+            through = through.baddbmm_((part.mixers * spread.to(part.mixers.dtype).mT).mT, centred)
+        return through
 
     def totals(self, normalised: Tensor, spread: Tensor, groups: Tensor) -> Tensor:
         """Sums of :meth:`rows` over groups of rows, shape ``(m, K, D)``, without forming them.
@@ -137,19 +151,25 @@ class OtherRows:
             spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
             groups: 1 where a row belongs to a group, else 0, shape ``(m, T - 1, K)``.
         """
-        mixers, centred, pull = self._through_norm(normalised, spread)
-        return (mixers @ groups).mT @ centred - (groups * pull).mT @ normalised
+        spreads = groups * spread.to(groups.dtype)
+        first, *rest = ((part.mixers @ spreads).mT @ part.directions for part in self.parts)
+        arriving = sum(rest, first)
+        pulled = (groups * self._pull(normalised, spread)).mT @ normalised
+        return arriving - arriving.mean(-1, keepdim=True) - pulled
 
-    def _through_norm(self, normalised: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A norm's backward in factors: mixers and centred directions, less each row's own direction times ``pull``."""
-        spread = spread.to(self.mixers.dtype)
-        pull = (self.mixers * self.along).sum(1)[..., None] * spread / normalised.shape[-1]
-        return self.mixers * spread.mT, self.directions - self.directions.mean(-1, keepdim=True), pull
+    def _pull(self, normalised: Tensor, spread: Tensor) -> Tensor:
+        """How much of a row's own direction the norm takes out of what the row receives, shape ``(m, T - 1, 1)``."""
+        first, *rest = ((part.mixers * part.along).sum(1) for part in self.parts)
+        own = sum(rest, first)[..., None]
+        return own * spread.to(own.dtype) / normalised.shape[-1]
 
     def sizes(self, spread: Tensor) -> Tensor:
         """A bound on the size of what each row receives, shape ``(m, T - 1, 1)``."""
-        lengths = torch.linalg.vector_norm(self.directions, dim=-1, dtype=spread.dtype)[..., None]
-        return self.mixers.abs().to(spread.dtype).mT @ lengths * spread
+        bound = torch.zeros_like(spread)
+        for part in self.parts:
+            lengths = torch.linalg.vector_norm(part.directions, dim=-1, dtype=spread.dtype)[..., None]
+            bound = bound.baddbmm_(part.mixers.abs().to(spread.dtype).mT, lengths)
+        return bound * spread
 
 
 class FollowedRows:
@@ -186,21 +206,25 @@ class FollowedRows:
         self.means = means.detach().requires_grad_()
         self.normalised = torch.cat([own, self.means], dim=1)
         gain, shift = (p.detach().to(dtype) for p in (block.norm_before.weight, block.norm_before.bias))
-        self.queried = self.normalised * gain + shift
+        self.queried = torch.addcmul(shift, self.normalised, gain)
         self.query = linear(block.query, self.queried)
-        by_head = self.query.view(examples * followed, heads, -1)
+        by_head = (self.query * block.scaling).view(examples * followed, heads, -1)
         key, value = (weight(m).view(heads, -1, width) for m in (block.key, block.value))
-        probe = torch.bmm(by_head.transpose(0, 1), key).transpose(0, 1) * block.scaling
+        probe = torch.bmm(by_head.transpose(0, 1), key).transpose(0, 1)
         self.probe = probe.unflatten(0, (examples, followed))
         self.gained = self.probe * gain
         # The followed rows' heads side by side: one pass over the other rows for all of them.
-        beside = (self.gained.flatten(1, 2) @ others.mT).unflatten(1, (followed, heads))
-        self.scores = torch.cat([self.gained @ own[..., None], beside], dim=-1)
-        scores = self.scores if self.rows.bias is None else self.scores + self.rows.bias.to(dtype)
-        self.attention = scores.softmax(-1, dtype=torch.promote_types(torch.float32, dtype)).to(dtype)
-        pooled = (self.attention[..., 1:].flatten(1, 2) @ others).unflatten(1, (followed, heads))
-        self.pooled = self.attention[..., :1] * own[:, None] + pooled
-        self.attended = self.pooled * gain + shift
+        self.asking = self.gained.flatten(1, 2)
+        self.beside = self.asking @ others.mT
+        scores = torch.cat([self.gained @ own[..., None], self.beside.unflatten(1, (followed, heads))], dim=-1)
+        if self.rows.bias is not None:
+            scores = scores + self.rows.bias.to(dtype)
+        attention = scores.softmax(-1, dtype=torch.promote_types(torch.float32, dtype)).to(dtype)
+        self.attention = attention[..., 1:].flatten(1, 2)
+        self.drawn = self.attention @ others
+        drawn = self.drawn.unflatten(1, (followed, heads))
+        self.pooled = torch.addcmul(drawn, attention[..., :1], own[:, None])
+        self.attended = torch.addcmul(shift, self.pooled, gain)
         mixed = torch.bmm(self.attended.flatten(0, 1).transpose(0, 1), value.mT).transpose(0, 1)
         if block.value.bias is not None:
             mixed = mixed + block.value.bias.detach().to(dtype).view(heads, -1)
@@ -208,9 +232,8 @@ class FollowedRows:
         self.projected = linear(block.output, self.mixed.flatten(2))
         self.middle = self.entering + self._branch(self.projected, 0)
         self.normalised_after = F.layer_norm(self.middle, (width,), eps=block.norm_after.eps).to(dtype)
-        self.expanded_from = self.normalised_after * block.norm_after.weight.detach().to(
-            dtype
-        ) + block.norm_after.bias.detach().to(dtype)
+        gain, shift = (p.detach().to(dtype) for p in (block.norm_after.weight, block.norm_after.bias))
+        self.expanded_from = torch.addcmul(shift, self.normalised_after, gain)
         self.expanded = linear(block.expand, self.expanded_from)
         self.activated = block.activation(self.expanded)
         self.contracted = linear(block.contract, self.activated)
@@ -240,9 +263,9 @@ class FollowedRows:
             self.query,
             self.probe,
             self.gained,
-            self.scores,
+            self.beside,
             self.attention,
-            self.pooled,
+            self.drawn,
             self.attended,
             self.mixed,
             self.projected,
@@ -258,9 +281,9 @@ class FollowedRows:
             query,
             probe,
             gained,
-            scores,
+            beside,
             attention,
-            pooled,
+            drawn,
             attended,
             mixed,
             projected,
@@ -270,14 +293,17 @@ class FollowedRows:
             contracted,
         ) = torch.autograd.grad(self.leaving, wanted, delta.to(self.leaving.dtype))
         by_head = self.query.detach().unflatten(2, (block.heads, -1)) * block.scaling
-        gain = queried * self.normalised + (gained * self.probe + attended * self.pooled).sum(2)
+        gain = (queried * self.normalised).sum(1)
+        gain += torch.addcmul(gained * self.probe, attended, self.pooled).sum((1, 2))
         terms: dict[nn.Module | Tensor, PathTerm] = {
-            block.norm_before: _norm_term(block.norm_before, gain, queried + attended.sum(2)),
+            block.norm_before: _norm_term(block.norm_before, gain, queried.sum(1) + attended.sum((1, 2))),
             block.query: _row_term(block.query, query, self.queried),
             block.key: HeadsTerm(by_head, probe, block.key.bias is not None, True),
             block.value: HeadsTerm(mixed, self.attended.detach(), block.value.bias is not None, False),
             block.output: _row_term(block.output, projected, self.mixed.flatten(2)),
-            block.norm_after: _norm_term(block.norm_after, expanded_from * self.normalised_after, expanded_from),
+            block.norm_after: _norm_term(
+                block.norm_after, (expanded_from * self.normalised_after).sum(1), expanded_from.sum(1)
+            ),
             block.expand: _row_term(block.expand, expanded, self.expanded_from),
             block.contract: _row_term(block.contract, contracted, self.activated),
         }
@@ -288,15 +314,13 @@ class FollowedRows:
                 factor = 1.0 if self.rows.branches is None else self.rows.branches[position]
                 gradient = (into * branch.detach().to(into.dtype) * factor).sum(1, keepdim=True)
                 terms[scale] = DenseTerm(gradient, (scale.shape,))
-        mixers = [scores[..., 1:].flatten(1, 2), self.attention.detach()[..., 1:].flatten(1, 2)]
-        directions = [self.gained.detach().flatten(1, 2), pooled.flatten(1, 2)]
-        along = [self.scores.detach()[..., 1:].flatten(1, 2), attention[..., 1:].flatten(1, 2)]
+        parts = [
+            Asked(beside, self.asking.detach(), self.beside.detach()),
+            Asked(self.attention.detach(), drawn, attention),
+        ]
         if self.rows.shares is not None:
-            mixers.append(self.rows.shares.mT)
-            directions.append(means)
-            along.append(means @ self.rows.others.mT)
-        others = OtherRows(*(torch.cat(parts, dim=1) for parts in (mixers, directions, along)))
-        return entering, terms, others
+            parts.append(Asked(self.rows.shares.mT, means, means @ self.rows.others.mT))
+        return entering, terms, OtherRows(tuple(parts))
 
 
 def _row_term(module: nn.Linear, delta: Tensor, inputs: Tensor) -> RowTerm:
@@ -304,5 +328,5 @@ def _row_term(module: nn.Linear, delta: Tensor, inputs: Tensor) -> RowTerm:
 
 
 def _norm_term(module: nn.LayerNorm, gain: Tensor, shift: Tensor) -> DenseTerm:
-    rows = torch.stack([gain.detach().sum(1), shift.sum(1)], dim=1)
+    rows = torch.stack([gain.detach(), shift], dim=1)
     return DenseTerm(rows, (module.weight.shape, module.bias.shape))

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_lgp.attention_block import AttentionBlock, OtherRows
+from hf_lgp.attention_block import Asked, AttentionBlock, OtherRows
 from hf_lgp.class_path import ClassPath, contrasts
 from hf_lgp.rules import Rule
 
@@ -437,7 +437,10 @@ def test_totals_are_sums_of_the_rows(examples: int, heads: int, others: int, wid
     hidden = randn(examples, others, width).requires_grad_()
     normalised = F.layer_norm(hidden, (width,), eps=eps)
     spread = (hidden.detach().var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    rows = OtherRows(mixers, directions, directions @ normalised.detach().mT)
+    halves = zip(
+        *(part.chunk(2, dim=1) for part in (mixers, directions, directions @ normalised.detach().mT)), strict=True
+    )
+    rows = OtherRows(tuple(Asked(*half) for half in halves))
     arriving = mixers.mT @ directions
     (through,) = torch.autograd.grad(normalised, hidden, arriving, retain_graph=True)
     groups = torch.eye(3, dtype=torch.float64)[torch.randint(0, 3, (examples, others), generator=generator)]
