@@ -34,10 +34,11 @@ def costs(cells: list[dict[str, Any]]) -> dict[float, float]:
     return {**estimated, **{cell["fraction"]: cell["step_ratio"] for cell in cells}}
 
 
-def prices(summary: dict[str, Any], cost: dict[float, float]) -> dict[str, Any]:
-    """Prices of one phase."""
+def prices(summary: dict[str, Any], cost: dict[float, float], regression: bool) -> dict[str, Any]:
+    """Prices of one phase, of steps with the regression or without; the energies are those with it."""
     table: dict[str, Any] = {}
-    for name, key in (("mean over tensors", "rho2_layer_mean"), ("by gradient energy", "rho2_raw")):
+    of_tensors = "rho2_layer_mean" if regression else "rho2_path_alone"
+    for name, key in (("mean over tensors", of_tensors), ("by gradient energy", "rho2_raw")):
         by_fraction = {str(f): round(relative_variance(f, summary[key]) * c, 4) for f, c in cost.items()}
         best = min(by_fraction, key=lambda f: by_fraction[f])
         table[name] = {
@@ -56,6 +57,7 @@ def of_baseline(measured: dict[str, Any], path: Path) -> dict[str, Any] | None:
     if not cells:
         return None
     cost, first = costs(cells), cells[0]
+    regression = any(cell["regression"] > 0.5 for cell in cells)
     return {
         "source": path.name,
         "precision": "bf16" if first["bf16"] else "fp32",
@@ -63,7 +65,8 @@ def of_baseline(measured: dict[str, Any], path: Path) -> dict[str, Any] | None:
         "exact_step_seconds": round(first["median_seconds"]["exact"], 4),
         "cost_by_fraction": {str(f): round(c, 4) for f, c in cost.items()},
         "measured_fractions": [cell["fraction"] for cell in cells],
-        "phases": {phase: prices(summary, cost) for phase, summary in measured["summary"].items()},
+        "regression": regression,
+        "phases": {phase: prices(summary, cost, regression) for phase, summary in measured["summary"].items()},
     }
 
 

@@ -58,6 +58,7 @@ class TimedTrainer(LGPTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.times: list[dict[str, float]] = []
+        self.regressed: list[bool] = []
         self.profiler: profile | None = None
         self.peaks: dict[str, float] = {}
 
@@ -121,6 +122,7 @@ class TimedTrainer(LGPTrainer):
             vars(owner or engine).pop(name, None)
         cell["prediction"] = prediction
         self.times.append(cell)
+        self.regressed.append(engine.controller.plan.ridge)
         return result[0]
 
     def timed(self, name: str, work: Any) -> float:
@@ -217,6 +219,7 @@ def measure(
             "attention": model.config._attn_implementation,
             "steps": len(times),
             "class_path": args.lgp_class_path,
+            "regression": statistics.fmean(trainer.regressed[-len(times) :]),  # share of the steps that used it
             "observe_steps": chosen.observe_steps,
             "refit_steps": chosen.refit_steps,
             "basis_steps": chosen.basis_steps,

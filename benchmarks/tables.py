@@ -46,7 +46,7 @@ def predictability() -> str | None:
         ["ρ²", *phases],
         [
             row("path and regression, mean over tensors", both, "rho2_layer_mean"),
-            row("path alone (class token and mean row)", both, "rho2_path_alone"),
+            row("path alone (class token and mean rows)", both, "rho2_path_alone"),
             row("regression alone, as for models without a class token", alone, "rho2_layer_mean"),
             row("path and regression, weighted by gradient energy, which the embeddings dominate", both, "rho2_raw"),
         ],
@@ -92,15 +92,10 @@ def extra_variance() -> str | None:
 def step_cost() -> str | None:
     """Cost of a step in exact steps."""
     rows = []
-    for name, remark in (
-        ("step_cost_cpu", "path and regression"),
-        ("step_cost_197_cpu", "path and regression"),
-        ("step_cost_ridge_cpu", "regression alone"),
-        ("step_cost_cifar_cpu", "path and regression"),
-        ("step_cost_eager_cpu", "path and regression"),
-        ("step_cost_145_cpu", "path and regression"),
-    ):
-        for cell in (read(name) or {"cells": []})["cells"]:
+    for model in ("", "197_", "ridge_", "cifar_", "eager_", "145_"):
+        for cell in (read(f"step_cost_{model}cpu") or {"cells": []})["cells"]:
+            regression = "path and regression" if cell["class_path"] else "regression alone"
+            remark = regression if cell.get("regression", 1.0) > 0.5 else "path alone"
             prediction = cell["prediction_per_example"]
             attention = cell.get("attention", "sdpa")
             model = f"{cell['vit']}, batch {cell['batch']}, {'bf16' if cell['bf16'] else 'fp32'}, {attention}, {remark}"
