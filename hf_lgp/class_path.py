@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_block import FollowedRows
+from .followed_rows import FollowedRows
 from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
 from .row_notes import Backbone, MeanRows, RowNotes
 from .rules import BroadcastRule, ConvRule, Rule, ScaleRule

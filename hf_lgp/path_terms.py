@@ -70,30 +70,41 @@ class RowTerm(PathTerm):
 class HeadsTerm(PathTerm):
     """A key or value projection seen by a few query rows: for head ``h`` the outer products of ``left`` and ``right`` row ``h``.
 
-    ``left`` has shape (m, S, H, out / H), ``right`` (m, S, H, in). The bias gradient is ``left`` for values (attention weights
-    sum to one) and zero for keys (softmax is blind to a common shift).
+    ``left`` has shape (m, S, H, out / H), ``right`` (m, S, H, in): the layer's inputs are ``gain * right + shift``, where ``gain`` and
+    ``shift`` have shape (in,). The bias gradient is ``left`` for values (attention weights sum to one) and zero for keys (softmax is
+    blind to a common shift).
     """
 
     left: Tensor
     right: Tensor
     biased: bool
     bias_is_zero: bool
+    gain: Tensor | None = None
+    shift: Tensor | None = None
 
     def total(self, weights: Tensor, lifted: Lifted | None = None) -> list[Tensor]:  # noqa: D102
         left, right = (self.left * _column(weights, self.left)).flatten(0, 1), self.right.flatten(0, 1)
+        gradient = torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).flatten(0, 1)
+        summed = left.sum(0).flatten() if self.shift is not None or not self.bias_is_zero else None
+        if self.gain is not None:
+            gradient = gradient.mul_(self.gain.to(gradient.dtype))
+        if self.shift is not None and summed is not None:
+            gradient = gradient.addr_(summed, self.shift.to(gradient.dtype))
         bias = None
         if self.biased:
-            bias = left.new_zeros(left[0].numel()) if self.bias_is_zero else left.sum(0).flatten()
+            bias = gradient.new_zeros(len(gradient)) if self.bias_is_zero else summed
         if lifted is not None:
-            over, under = (side.to(left.dtype) for side in lifted)
-            below = under[: right.shape[-1]].T[:, None].expand(-1, right.shape[1], -1)
-            left, right = torch.cat([left, over.T.unflatten(1, left.shape[1:])]), torch.cat([right, below])
+            over, under = (side.to(gradient.dtype) for side in lifted)
+            gradient = gradient.addmm_(over, under[: gradient.shape[1]].T)
             bias = None if bias is None else bias + lifted[0] @ lifted[1][-1]
-        gradient = torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).flatten(0, 1)
         return [gradient] if bias is None else [gradient, bias]
 
     def factors(self, examples: slice) -> Factors:  # noqa: D102
         left, right = self.left[examples], self.right[examples].flatten(1, 2)
+        if self.gain is not None:
+            right = right * self.gain.to(right.dtype)
+        if self.shift is not None:
+            right = right + self.shift.to(right.dtype)
         heads, size = left.shape[2:]
         # Row h speaks for the outputs of head h alone.
         rows = torch.diag_embed(left.transpose(2, 3)).permute(0, 1, 3, 4, 2).flatten(3).flatten(1, 2)

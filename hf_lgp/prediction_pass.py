@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_block import AttentionBlock, BlockRows, FollowedRows
+from .attention_block import AttentionBlock, BlockRows
+from .followed_rows import FollowedRows
 from .row_notes import Backbone, RowNotes, compute_dtype, is_active
 
 _SHORT_SEQUENCE = 128
