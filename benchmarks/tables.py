@@ -40,7 +40,7 @@ def predictability() -> str | None:
     phases = list(both["summary"])
 
     def row(label: str, source: Any, key: str) -> list[str]:
-        return [label, *(f"{source['summary'][phase][key]:.2f}" for phase in phases)]
+        return [label, *(f"{source['summary'][phase][key]:.3f}" for phase in phases)]
 
     return table(
         ["ρ²", *phases],
@@ -68,7 +68,7 @@ def wider() -> str | None:
         "block 5": "rho2 block 5",
         "block 10": "rho2 block 10",
     }
-    rows = [[label, *(f"{tiny['summary'][phase][key]:.2f}" for phase in phases)] for label, key in keys.items()]
+    rows = [[label, *(f"{tiny['summary'][phase][key]:.3f}" for phase in phases)] for label, key in keys.items()]
     return table(["ρ² at ViT-tiny's width (192, 12 blocks, bf16)", *phases], rows)
 
 
@@ -79,7 +79,7 @@ def extra_variance() -> str | None:
         return None
     steps = result["steps"]
     rows = [
-        ["median over tensors", *(f"{steps[s]['median']:.2f}" for s in steps)],
+        ["median over tensors", *(f"{steps[s]['median']:.3f}" for s in steps)],
         ["worst tensor", *(f"{steps[s]['worst']:.2f}" for s in steps)],
         ["whole gradient", *(f"{steps[s]['whole_gradient']:.2f}" for s in steps)],
     ]

@@ -154,6 +154,25 @@ def test_path_of_several_blocks_leaves_something_out() -> None:
         compare(tiny_classifier("vit"), cut=False)
 
 
+@families
+def test_gains_of_zero_leave_all_but_their_own_gradient_as_it_is(family: str) -> None:
+    model = tiny_classifier(family)
+    path = path_of(model)
+    norm = path.backbone.blocks[1].norm_before
+    with torch.no_grad():
+        norm.weight[::2] = 1e-6
+    note(path, model, batch())
+    almost = totals(path)
+    with torch.no_grad():
+        norm.weight[::2] = 0.0
+    note(path, model, batch())
+    own = path.gradients(torch.ones(EXAMPLES, norm.weight.numel(), dtype=torch.float64))[path._by_module[norm]]
+    assert own is not None and bool(own.total(torch.ones(EXAMPLES))[0].isfinite().all())
+    for one, other in zip(almost, totals(path), strict=True):
+        if one.shape != norm.weight.shape:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no query, key and value biases": ("vit", {"qkv_bias": False}),
     "no query, key and value biases, Dinov2": ("dinov2", {"qkv_bias": False}),
