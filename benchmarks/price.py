@@ -57,7 +57,7 @@ def of_baseline(measured: dict[str, Any], path: Path) -> dict[str, Any] | None:
     if not cells:
         return None
     cost, first = costs(cells), cells[0]
-    regression = any(cell["regression"] > 0.5 for cell in cells)
+    regression = any(cell.get("regression", 1.0) > 0.5 for cell in cells)
     return {
         "source": path.name,
         "precision": "bf16" if first["bf16"] else "fp32",

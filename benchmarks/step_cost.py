@@ -4,6 +4,9 @@ Every step of a real ``LGPTrainer`` run is timed beside its parts, interleaved i
 the whole batch, the exact step of the control examples alone, and the no-grad forward of the prediction examples. Steps are
 timed over whole cycles of refits and basis moves, so the means amortise both. One more cycle is profiled for the time and
 memory of every part of a step.
+
+Noise images do for all but one thing: whether the regression is used beside the path depends on what it explains. With ``--data`` the
+images are CIFAR-10's, scaled to the model's size.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, VITS, build_vit, environment, timed, write_json
+from common import RESULTS, VITS, Augmented, build_vit, environment, load_cifar, timed, write_json
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Trainer, TrainerCallback
@@ -39,7 +42,7 @@ PARTS = (
 
 
 class RandomImages(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Noise images: the cost of a step does not depend on what is in them."""
+    """Noise images."""
 
     def __init__(self, size: int, count: int = 4096) -> None:
         self.pixels = torch.randn(256, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -50,6 +53,14 @@ class RandomImages(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels[index % 256], "labels": torch.tensor(index % 10)}
+
+
+def cifar_at(size: int, folder: Path) -> torch.utils.data.Dataset[dict[str, Tensor]]:
+    """The first images of CIFAR-10 at another size."""
+    images, labels = load_cifar(folder, "train", 4096)
+    if images.shape[-1] != size:
+        images = nn.functional.interpolate(images.float(), size=size, mode="bilinear").round().byte()
+    return Augmented(images, labels)
 
 
 class TimedTrainer(LGPTrainer):
@@ -180,13 +191,15 @@ def measure(
     bf16: bool,
     attention: str | None,
     use_cpu: bool,
+    folder: Path | None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Time ``cycles`` cycles of basis moves and summarise them as ratios to the exact step."""
+    size = VITS[vit]["image_size"]
     model = build_vit(vit, attn_implementation=attention)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as output:
         args = LGPTrainingArguments(
-            folder,
+            output,
             per_device_train_batch_size=batch,
             max_steps=10**6,
             bf16=bf16,
@@ -202,7 +215,7 @@ def measure(
         warmup = -(-chosen.warmup_examples // min(batch, args.lgp_observe_examples)) + 4
         args.max_steps = warmup + (cycles + 2) * chosen.basis_steps
         last = ProfileLastCycle(args.max_steps - chosen.basis_steps)
-        data = RandomImages(VITS[vit]["image_size"])
+        data = RandomImages(size) if folder is None else cifar_at(size, folder)
         trainer = last.trainer = TimedTrainer(model, args, train_dataset=data, callbacks=[last])
         trainer.train()
         parts = last.parts(chosen.basis_steps)
@@ -212,6 +225,7 @@ def measure(
         overhead = means["predicted"] - means["control"] - means["forward"]
         return {
             "vit": vit,
+            "images": "noise" if folder is None else "CIFAR-10",
             "parameters": sum(p.numel() for p in model.parameters()),
             "batch": batch,
             "fraction": fraction,
@@ -250,6 +264,7 @@ def main() -> None:
     parser.add_argument("--basis", type=int, default=0, help="0 for the default")
     parser.add_argument("--observe", type=int, default=0, help="0 for the default")
     parser.add_argument("--refit", type=int, default=0, help="0 for the default")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10 as train.parquet; noise images without")
     parser.add_argument("--name", default="step_cost", help="first part of the result file's name")
     parser.add_argument("--fp32", action="store_true", help="without bf16 autocast")
     parser.add_argument(
@@ -269,7 +284,15 @@ def main() -> None:
                 "lgp_refit_steps": options.refit,
             }
             cell = measure(
-                vit, options.batch, fraction, options.cycles, not options.fp32, options.attention, use_cpu, **settings
+                vit,
+                options.batch,
+                fraction,
+                options.cycles,
+                not options.fp32,
+                options.attention,
+                use_cpu,
+                options.data,
+                **settings,
             )
             print(
                 f"{vit} batch {options.batch} fraction {fraction}: step {cell['step_ratio']:.3f} of an exact step = control "
