@@ -70,17 +70,16 @@ class BlockRows:
 
     Attributes:
         entering: The rows that are followed as they enter the block, class row first, shape ``(m, S, D)``.
-        others: The other rows after the norm without its affine map, shape ``(m, T - 1, D)``, in the dtype of the
-            computation.
+        rows: All rows after the norm without its affine map, class row first, shape ``(m, T, D)``, in the dtype of the computation.
         normalised: The followed rows but the class row after the norm without its affine map, shape ``(m, S - 1, D)``: weighted
             means of the other rows. None if the class row alone is followed.
-        shares: Those weights, shape ``(m, T - 1, S - 1)``, or None.
+        shares: Those weights, shape ``(m, T, S - 1)``, or None.
         bias: Added to the followed rows' scores, shape ``(m, S, H or 1, T)``, or None.
         branches: Factors that dropout gave the followed rows of the two branches, shape ``(m, S, D)`` each, or None.
     """
 
     entering: Tensor
-    others: Tensor
+    rows: Tensor
     normalised: Tensor | None = None
     shares: Tensor | None = None
     bias: Tensor | None = None

@@ -62,20 +62,25 @@ class ClassPath(RowNotes):
         return same_features(features, row)
 
     def _groups(self) -> Tensor:
-        """Which of four means stands for each of the other rows, one-hot, shape ``(m, T - 1, 4)``.
+        """Which row is the class row, and which of four means stands for each other row, one-hot, shape ``(m, T, 1 or 5)``.
 
-        Two directions tell them apart, in which rows of the same example differ: the sums of its rows with the signs of
+        Two directions tell the means apart, in which rows of the same example differ: the sums of its rows with the signs of
         :func:`contrasts`. Any two do nearly as well; these need no state, and no more than two passes over the rows.
         """
-        others = self.others(1)
-        patterns = self._patterns
-        if patterns.shape[1] != others.shape[1] or patterns.dtype != others.dtype or patterns.device != others.device:
-            patterns = contrasts(others.shape[1]).to(others)
-            patterns = self._patterns = patterns - patterns.mean(1, keepdim=True)
-        along = others @ (patterns @ others).mT
-        first, second = (along > along.mean(1, keepdim=True)).unbind(-1)
-        groups = [first & second, first & ~second, ~first & second, ~first & ~second]
-        return torch.stack(groups, dim=-1).to(others.dtype)
+        rows, patterns = self.rows(min(1, self.with_means)), self._patterns
+        groups = rows.new_zeros(*rows.shape[:2], 0)
+        if self.with_means > 0:
+            if patterns.shape[1] != rows.shape[1] or patterns.dtype != rows.dtype or patterns.device != rows.device:
+                patterns = contrasts(rows.shape[1] - 1).to(rows)
+                patterns = self._patterns = F.pad(patterns - patterns.mean(1, keepdim=True), (1, 0))
+            along = rows @ (patterns @ rows).mT
+            first, second = (along > along[:, 1:].mean(1, keepdim=True)).unbind(-1)
+            means = torch.stack([first & second, first & ~second, ~first & second, ~first & ~second], dim=-1)
+            groups = means.to(rows.dtype)
+            groups[:, 0] = 0
+        groups = F.pad(groups, (1, 0))
+        groups[:, 0, 0] = 1
+        return groups
 
     def _means(self, index: int, weights: Tensor, groups: Tensor) -> MeanRows:
         """Means of the groups of rows that enter a block.
@@ -85,19 +90,19 @@ class ClassPath(RowNotes):
 
         Args:
             index: The block.
-            weights: Of the rows, shape ``(m, T - 1, 1)``; they need not sum to one.
-            groups: Which group each row belongs to, one-hot, shape ``(m, T - 1, K)``.
+            weights: Of the rows, shape ``(m, T, 1)``; they need not sum to one.
+            groups: Which group each row belongs to, one-hot, shape ``(m, T, K)``; the class row to none.
 
         Returns:
             A mean for each group; zeros for a group without rows.
         """
-        others, spread = self.others(index), self._kept["spread", index]
+        rows, spread = self.rows(index), self._kept["spread", index]
         tiny = torch.finfo(weights.dtype).tiny
         shares = (weights + tiny) * groups.to(weights.dtype)
         shares = shares / shares.sum(1, keepdim=True).clamp(min=tiny)  # a group may be empty
         count = shares.shape[2]
-        means = torch.cat([shares / spread, shares], dim=2).to(others.dtype).mT @ others
-        return MeanRows(means[:, :count].to(weights.dtype), means[:, count:], shares.to(others.dtype))
+        means = torch.cat([shares / spread, shares], dim=2).to(rows.dtype).mT @ rows
+        return MeanRows(means[:, :count].to(weights.dtype), means[:, count:], shares.to(rows.dtype))
 
     @torch.no_grad()
     def gradients(self, pullbacks: Tensor) -> list[PathTerm | None]:
@@ -119,30 +124,29 @@ class ClassPath(RowNotes):
             if backbone.norm is not None:
                 delta, term = self._through_final_norm(backbone.norm, delta)
                 self._assign(terms, {backbone.norm: term})
-            # Sums of the other rows' gradients by group, handed down, and a measure of each row's part in them.
-            weights, groups = torch.zeros_like(self._kept["spread", 0]), self._groups() if self.with_means > 0 else None
-            elsewhere = delta.new_zeros(len(delta), 0, width)
-            suspect, rest = torch.zeros_like(delta[:, 0]), None
+            # The class row's gradient and sums of the other rows' by group, handed down, and a measure of each row's part in them.
+            groups, weights = self._groups(), torch.zeros_like(self._kept["spread", 0])
+            arriving, suspect = delta[:, None], torch.zeros_like(delta[:, 0])
             last = len(backbone.blocks) - 1
             for index in reversed(range(last + 1)):
-                means = None if groups is None or index == last else self._means(index, weights, groups)
+                means = self._means(index, weights, groups[..., 1:]) if index < self.with_means else None
                 rows, spread = self.block_rows(index, None, means), self._kept["spread", index]
-                leaving = torch.cat([delta[:, None], elsewhere], dim=1)
-                entering, block_terms, others = FollowedRows(backbone.blocks[index], rows, graph=True).backward(leaving)
+                followed = FollowedRows(self.weights(index, rows.rows.dtype), rows, graph=True)
+                entering, block_terms, asked = followed.backward(arriving)
                 self._assign(terms, block_terms)
-                delta = entering[:, 0]
                 suspect = suspect + entering[:, 1:].sum((1, 2))
-                if index == 0:
-                    rest = others.rows(rows.others, spread)
-                    if means is not None:  # a mean's way down is that of its rows
-                        rest = torch.baddbmm(rest, means.shares, entering[:, 1:].to(rest.dtype))
-                elif groups is not None:
-                    received = others.totals(rows.others, spread, groups).to(delta.dtype)
-                    elsewhere = received if means is None else entering[:, 1:] + received
-                    weights = weights + others.sizes(spread)
-            assert rest is not None
-            self._embeddings(terms, delta, rest)
+                if index > 0:
+                    arriving = asked.totals(rows.rows, spread, groups).to(entering.dtype)
+                    arriving[:, : entering.shape[1]] += entering
+                    weights = weights + asked.sizes(spread)
+                    continue
+                arriving = asked.rows(rows.rows, spread)
+                if means is not None:  # a mean's way down is that of its rows
+                    arriving.baddbmm_(means.shares, entering[:, 1:].to(arriving.dtype))
+                arriving[:, :1] += entering[:, :1]
+            self._embeddings(terms, arriving)
             self.finite = self.finite & suspect.isfinite()
+            self._weights.clear()
         if self.finite.device.type == "cpu" and bool(self.finite.all()):
             return terms  # looking costs nothing there
         kept: list[PathTerm | None] = []
@@ -168,24 +172,22 @@ class ClassPath(RowNotes):
         term = DenseTerm(torch.stack([delta * normalised, delta], dim=1), (norm.weight.shape, norm.bias.shape))
         return _norm_backward(delta * norm.weight, normalised, spread), term
 
-    def _embeddings(self, terms: list[PathTerm | None], delta: Tensor, rest: Tensor) -> None:
+    def _embeddings(self, terms: list[PathTerm | None], arriving: Tensor) -> None:
         # What is not finite anywhere on an example's way is not finite at its end.
-        self.finite = (delta.sum(1) + rest.sum((1, 2), dtype=delta.dtype)).isfinite()
+        self.finite = arriving.sum((1, 2), dtype=torch.promote_types(arriving.dtype, torch.float32)).isfinite()
         backbone = self.backbone
         for row, token in enumerate(backbone.tokens):
             position = self._by_parameter.get(token)
             if position is not None:
-                gradient = delta[:, None] if row == 0 else rest[:, row - 1 : row]
-                terms[position] = DenseTerm(gradient, (token.shape,))
+                terms[position] = DenseTerm(arriving[:, row : row + 1], (token.shape,))
         if backbone.positions is not None:
             position = self._by_parameter.get(backbone.positions)
-            rows = torch.cat([delta[:, None].to(rest.dtype), rest], dim=1)
-            if position is not None and rows[0].numel() == backbone.positions.numel():
-                terms[position] = DenseTerm(rows, (backbone.positions.shape,))
+            if position is not None and arriving[0].numel() == backbone.positions.numel():
+                terms[position] = DenseTerm(arriving, (backbone.positions.shape,))
         patches, conv = self._get("patches", 0), backbone.patches
         position = self._by_module.get(conv) if conv is not None else None
         if patches is not None and position is not None and conv is not None:
-            rows = rest[:, rest.shape[1] - patches.shape[1] :]
+            rows = arriving[:, arriving.shape[1] - patches.shape[1] :]
             terms[position] = RowTerm(rows, patches.to(rows.dtype), len(self.rules[position].parameters) == 2)
 
 

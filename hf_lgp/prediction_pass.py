@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention_block import AttentionBlock, BlockRows
+from .block_weights import BlockWeights
 from .followed_rows import FollowedRows
 from .row_notes import Backbone, RowNotes, compute_dtype, is_active
 
@@ -59,28 +60,36 @@ class PredictionPass:
         product_dtype = _product_dtype(hidden)
         rows = slice(0, len(hidden)) if self.path is None else self.path.armed
         parts, start, entering = _parts(hidden), rows.start, []
-        folded = (FoldedBlock(block, product_dtype) for block in self.backbone.blocks[:-1])
-        blocks = folded if len(parts) == 1 else list(folded)  # one at a time if none is needed twice
+        blocks = range(len(self.backbone.blocks) - 1)
+        weights = [self._weights(index, product_dtype) for index in blocks]
         for part in parts:
             if self.path is not None:
                 self.path.arm(slice(start, start + len(part)))
             start += len(part)
-            entering.append(self._before_last(part, blocks))
+            entering.append(self._before_last(part, weights))
         if self.path is not None:
             self.path.arm(rows)
         row = self._through_last(entering, rows).to(hidden.dtype)
         return row if norm is None else F.layer_norm(row, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-    def _before_last(self, hidden: Tensor, blocks: Iterable[FoldedBlock]) -> BlockRows | None:
+    def _weights(self, index: int, dtype: torch.dtype) -> BlockWeights:
+        return (
+            BlockWeights(self.backbone.blocks[index], dtype) if self.path is None else self.path.weights(index, dtype)
+        )
+
+    def _before_last(self, hidden: Tensor, blocks: Sequence[BlockWeights]) -> BlockRows | None:
         """What the last block's class row needs, from the first block's input, shape ``(b, T, D)``; None if the path has noted it."""
-        for index, block in enumerate(blocks):
-            normalised = _normalise(hidden, block.eps_before) if self.path is None else self.path.note(index, hidden)
-            hidden = block.forward(hidden, normalised)
+        for index, weights in enumerate(blocks):
+            if self.path is None:
+                normalised = _normalise(hidden, weights.block.norm_before.eps)
+            else:
+                normalised = self.path.note(index, hidden)
+            hidden = through_block(weights, hidden, normalised)
         if self.path is not None:
-            self.path.note(len(self.backbone.blocks) - 1, hidden)
+            self.path.note(len(blocks), hidden)
             return None
-        others = _normalise(hidden[:, 1:], self.backbone.blocks[-1].norm_before.eps).to(compute_dtype(hidden))
-        return BlockRows(hidden[:, :1].to(torch.promote_types(hidden.dtype, torch.float32)), others)
+        rows = _normalise(hidden, self.backbone.blocks[-1].norm_before.eps).to(compute_dtype(hidden))
+        return BlockRows(hidden[:, :1].to(torch.promote_types(hidden.dtype, torch.float32)), rows)
 
     def _through_last(self, parts: Sequence[BlockRows | None], examples: slice) -> Tensor:
         """The class row that leaves the last block, shape ``(b, D)``."""
@@ -88,74 +97,36 @@ class PredictionPass:
         if self.path is not None:
             rows = self.path.block_rows(len(self.backbone.blocks) - 1, examples)
         else:
-            rows = BlockRows(torch.cat([part.entering for part in own]), torch.cat([part.others for part in own]))
-        leaving = FollowedRows(self.backbone.blocks[-1], rows, graph=False).leaving[:, 0]
+            rows = BlockRows(torch.cat([part.entering for part in own]), torch.cat([part.rows for part in own]))
+        weights = self._weights(len(self.backbone.blocks) - 1, rows.rows.dtype)
+        leaving = FollowedRows(weights, rows, graph=False).leaving[:, 0]
         if self.path is not None:
             self.path.note_leaving(leaving)
         return leaving
 
 
-class FoldedBlock:
-    """A block that draws nothing at random, with as few operations as its forward needs.
-
-    Affine maps of norms are folded into the layers behind them, layer scales into the layers before them, the scores' factor into the
-    queries; queries, keys and values are one layer. Made anew in every step: weights change.
+def through_block(weights: BlockWeights, hidden: Tensor, normalised: Tensor) -> Tensor:
+    """The output of a block that draws nothing at random, with as few operations as its forward needs.
 
     Args:
-        block: The block.
-        dtype: Dtype of its products.
-
-    Attributes:
-        eps_before: Stabiliser of the norm before the attention.
+        weights: The block's weights.
+        hidden: Rows that enter, shape ``(b, T, D)``.
+        normalised: The same after the first norm without its affine map.
     """
-
-    def __init__(self, block: AttentionBlock, dtype: torch.dtype) -> None:
-        self.eps_before, self._eps_after = block.norm_before.eps, block.norm_after.eps
-        self._heads, self._activation, self._dtype = block.heads, block.activation, dtype
-        self._width = block.query.out_features
-        with torch.autocast(block.query.weight.device.type, enabled=False):
-            self._fold(block)
-
-    def _fold(self, block: AttentionBlock) -> None:
-        dtype = self._dtype
-        before, after = block.norm_before, block.norm_after
-        query, key, value = (_behind(before, layer) for layer in (block.query, block.key, block.value))
-        scaled = [part * block.scaling for part in query]
-        self._together = [torch.cat(parts).to(dtype) for parts in zip(scaled, key, value, strict=True)]
-        scales = block.scales or (None, None)
-        self._output = [part.to(dtype) for part in _before(scales[0], block.output)]
-        self._expand = [part.to(dtype) for part in _behind(after, block.expand)]
-        self._contract = [part.to(dtype) for part in _before(scales[1], block.contract)]
-
-    def forward(self, hidden: Tensor, normalised: Tensor) -> Tensor:
-        """The block's output.
-
-        Args:
-            hidden: Rows that enter, shape ``(b, T, D)``.
-            normalised: The same after the first norm without its affine map.
-        """
-        with torch.autocast(hidden.device.type, enabled=False):
-            together = F.linear(normalised.to(self._dtype), *self._together)
-            query, key, value = together.split([self._width, self._width, together.shape[-1] - 2 * self._width], -1)
-            heads = [part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in (query, key, value)]
-            attended = attend(*heads).transpose(1, 2).flatten(2)
-            middle = hidden + F.linear(attended, *self._output)
-            expanded = F.linear(_normalise(middle, self._eps_after).to(self._dtype), *self._expand)
-            return middle.add_(F.linear(self._activation(expanded), *self._contract))
+    block, norm, dtype = weights.block, weights.block.norm_after, weights.dtype
+    with torch.autocast(hidden.device.type, enabled=False):
+        together = F.linear(normalised.to(dtype), *weights.together)
+        widths = [layer.out_features for layer in (block.query, block.key, block.value)]
+        heads = [part.unflatten(-1, (block.heads, -1)).transpose(1, 2) for part in together.split(widths, -1)]
+        attended = attend(*heads).transpose(1, 2).flatten(2)
+        middle = _scaled(block, 0, F.linear(attended, *weights.output)) + hidden
+        gain, shift = norm.weight.to(middle.dtype), norm.bias.to(middle.dtype)
+        expanded = F.linear(F.layer_norm(middle, gain.shape, gain, shift, norm.eps).to(dtype), *weights.expand)
+        return middle.add_(_scaled(block, 1, F.linear(block.activation(expanded), *weights.contract)))
 
 
-def _behind(norm: nn.LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer and the affine map of the norm before it in one."""
-    wide = torch.promote_types(torch.promote_types(layer.weight.dtype, norm.weight.dtype), torch.float32)
-    weight = layer.weight.to(wide)
-    bias = weight @ norm.bias.to(wide)
-    return weight * norm.weight.to(wide), bias if layer.bias is None else bias + layer.bias
-
-
-def _before(scale: Tensor | None, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer and the layer scale behind it in one."""
-    bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-    return (layer.weight, bias) if scale is None else (layer.weight * scale[:, None], bias * scale)
+def _scaled(block: AttentionBlock, position: int, branch: Tensor) -> Tensor:
+    return branch if block.scales is None else branch * block.scales[position]
 
 
 def _normalise(hidden: Tensor, eps: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention_block import AttentionBlock, BlockRows
+from .block_weights import BlockWeights
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class MeanRows:
     Attributes:
         entering: Means of the rows as they enter a block, but for a constant along ``D``, shape ``(m, K, D)``.
         normalised: Means of the same rows after the norm without its affine map, shape ``(m, K, D)``.
-        shares: Weight of every row in every mean, shape ``(m, T - 1, K)``.
+        shares: Weight of every row in every mean, none of the class row, shape ``(m, T, K)``.
     """
 
     entering: Tensor
@@ -75,7 +76,8 @@ class RowNotes:
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._fresh: set[tuple[str, int]] = set()
         self._branch_calls: dict[nn.Module, int] = {}
-        self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
+        self._weights: dict[int, BlockWeights] = {}
+        self._scratch: tuple[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = []
         self.attach()
 
@@ -107,6 +109,7 @@ class RowNotes:
         """Forget the last micro-batch and expect rows of ``total`` examples."""
         self._total = total
         self._fresh.clear()
+        self._weights.clear()
 
     def arm(self, rows: slice, chosen: Tensor | slice = slice(None)) -> None:
         """Note the coming forward.
@@ -131,6 +134,7 @@ class RowNotes:
         self.disarm()
         self._kept.clear()
         self._fresh.clear()
+        self._weights.clear()
         self._scratch = None
 
     def close(self) -> None:
@@ -138,16 +142,19 @@ class RowNotes:
         self.detach()
         self.release()
 
-    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> None:
-        key, shape = (name, index), (self._total, *values.shape[1:])
-        dtype = dtype or values.dtype
+    def _buffer(self, name: str, index: int, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """Room for the coming examples' values of shape ``(b, ..., width)``, kept from step to step."""
+        key, shape = (name, index), (self._total, *like.shape[1:-1], width)
         buffer = self._kept.get(key)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != values.device:
-            buffer = self._kept[key] = torch.empty(shape, dtype=dtype, device=values.device)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != like.device:
+            buffer = self._kept[key] = torch.empty(shape, dtype=dtype, device=like.device)
         if name == "bias" and key not in self._fresh:
             buffer.zero_()  # a forward without a mask notes none
-        buffer[self._rows].copy_(values)
         self._fresh.add(key)
+        return buffer[self._rows]
+
+    def _keep(self, name: str, index: int, values: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._buffer(name, index, values, values.shape[-1], dtype or values.dtype).copy_(values)
 
     def _get(self, name: str, index: int) -> Tensor | None:
         return self._kept[name, index] if (name, index) in self._fresh else None
@@ -165,26 +172,26 @@ class RowNotes:
             hidden: The rows, shape ``(b, T, D)``.
 
         Returns:
-            The chosen rows after the norm without its affine map; the next call overwrites them.
+            The chosen rows after the norm without its affine map, in the dtype of the path's products; not to be changed.
         """
         self._examples = len(hidden)
         hidden = hidden.detach()[self._chosen]
         block = self.backbone.blocks[index]
-        normalised, spread = self._normalise(hidden, block.norm_before.eps)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        # Kept without the class row: batched products copy a tensor that is not contiguous every time.
-        self._keep("others", index, normalised[:, 1:], compute_dtype(hidden))
+        rows = self._buffer("rows", index, hidden, hidden.shape[-1], compute_dtype(hidden))
+        self._normalise(hidden, block.norm_before.eps, rows, self._buffer("spread", index, hidden, 1, wide))
         self._keep("class", index, hidden[:, 0], wide)
-        self._keep("spread", index, spread[:, 1:], torch.promote_types(spread.dtype, torch.float32))
         for dropout in block.dropouts:
             self._branch_calls[dropout] = 0
-        return normalised
+        return rows
 
-    def _normalise(self, hidden: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """A norm without affine map and its reciprocal standard deviations, in scratch that the next call overwrites."""
+    def _normalise(self, hidden: Tensor, eps: float, rows: Tensor, spread: Tensor) -> None:
+        """A norm without affine map, shape ``(b, T, D)``, and its reciprocal standard deviations, shape ``(b, T, 1)``."""
         if hidden.dtype in (torch.float16, torch.bfloat16):  # statistics come in a dtype of the kernel's choosing
-            normalised, _, spread = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
-            return normalised, spread
+            normalised, _, deviations = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
+            rows.copy_(normalised)
+            spread.copy_(deviations)
+            return
         scratch = self._scratch
         if (
             scratch is None
@@ -194,16 +201,21 @@ class RowNotes:
             or scratch[0].device != hidden.device
         ):
             whole = hidden.new_empty(max(self._total, len(hidden)), *hidden.shape[1:])
-            scratch = self._scratch = (
-                whole,
-                whole.new_empty(*whole.shape[:-1], 1),
-                whole.new_empty(*whole.shape[:-1], 1),
-            )
-        normalised, mean, spread = (part[: len(hidden)] for part in scratch)
+            scratch = self._scratch = whole, whole.new_empty(*whole.shape[:-1], 1)
+        normalised, mean = (part[: len(hidden)] for part in scratch)
+        into = rows if rows.dtype == hidden.dtype else normalised
         torch.ops.aten.native_layer_norm.out(
-            hidden, hidden.shape[-1:], None, None, eps, out0=normalised, out1=mean, out2=spread
+            hidden, hidden.shape[-1:], None, None, eps, out0=into, out1=mean, out2=spread
         )
-        return normalised, spread
+        if into is not rows:
+            rows.copy_(into)
+
+    def weights(self, index: int, dtype: torch.dtype) -> BlockWeights:
+        """A block's weights for products in a dtype, made once for the prediction pass and the walk back."""
+        found = self._weights.get(index)
+        if found is None or found.dtype != dtype:
+            found = self._weights[index] = BlockWeights(self.backbone.blocks[index], dtype)
+        return found
 
     def _attending(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -254,9 +266,9 @@ class RowNotes:
         patches = self._unfold(args[0].detach()[self._chosen])
         self._keep("patches", 0, patches, compute_dtype(patches))
 
-    def others(self, index: int) -> Tensor:
-        """The normalised rows behind the class row that entered a block, shape ``(m, T - 1, D)``."""
-        return self._kept["others", index]
+    def rows(self, index: int) -> Tensor:
+        """The normalised rows that entered a block, class row first, shape ``(m, T, D)``."""
+        return self._kept["rows", index]
 
     def note_leaving(self, row: Tensor) -> None:
         """Note the class row that leaves the last block, shape ``(b, D)``."""
@@ -290,7 +302,7 @@ class RowNotes:
         branches = of_each("branch 0"), of_each("branch 1")
         return BlockRows(
             followed,
-            self.others(index)[part],
+            self.rows(index)[part],
             None if means is None else means.normalised,
             None if means is None else means.shares,
             of_each("bias"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_lgp.class_path import ClassPath, same_features
 from hf_lgp.families import find_backbone
 from hf_lgp.path_terms import PathTerm
-from hf_lgp.prediction_pass import FoldedBlock, PredictionPass, attend
+from hf_lgp.prediction_pass import PredictionPass, attend, through_block
 from hf_lgp.rules import Rule, trunk_rules
 
 EXAMPLES = 5
@@ -155,7 +155,7 @@ def test_path_of_several_blocks_leaves_something_out() -> None:
 
 
 @families
-def test_gains_of_zero_leave_all_but_their_own_gradient_as_it_is(family: str) -> None:
+def test_gains_of_zero_leave_all_but_their_own_norms_gradient_as_it_is(family: str) -> None:
     model = tiny_classifier(family)
     path = path_of(model)
     norm = path.backbone.blocks[1].norm_before
@@ -469,15 +469,15 @@ def test_a_prediction_pass_in_parts_is_one_pass(family: str, monkeypatch: pytest
     """Only as many examples go through the blocks together as suit the hardware."""
     path, inputs = path_of(tiny_classifier(family, num_hidden_layers=3)), {"pixel_values": batch()["pixel_values"]}
     rows, runs = slice(1, EXAMPLES), []
-    forward = FoldedBlock.forward
-    monkeypatch.setattr(FoldedBlock, "forward", lambda *args: runs.append(1) or forward(*args))
+    module = "hf_lgp.prediction_pass"
+    monkeypatch.setattr(f"{module}.through_block", lambda *args: runs.append(1) or through_block(*args))
     some = {"pixel_values": inputs["pixel_values"][rows]}
     assert features_of(path, inputs) is not None
     whole, expected = features_of(path, some, rows), totals(path)
     assert len(runs) == 2 * 2
     for noted in path._kept.values():
         noted[rows] = torch.nan
-    monkeypatch.setattr("hf_lgp.prediction_pass._CPU_ROWS", 1)
+    monkeypatch.setattr(f"{module}._CPU_ROWS", 1)
     features = features_of(path, some, rows)
     assert len(runs) == 2 * (2 + EXAMPLES - 1)
     torch.testing.assert_close(features, whole, rtol=1e-12, atol=1e-12)

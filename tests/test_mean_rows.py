@@ -37,7 +37,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_lgp.attention_block import AttentionBlock
 from hf_lgp.class_path import ClassPath, contrasts
-from hf_lgp.other_rows import Asked, OtherRows
+from hf_lgp.asked_rows import Asked, AskedRows
 from hf_lgp.rules import Rule
 
 CHOSEN = torch.tensor([7, 0, 4, 9, 2])
@@ -441,7 +441,7 @@ def test_totals_are_sums_of_the_rows(examples: int, heads: int, others: int, wid
     halves = zip(
         *(part.chunk(2, dim=1) for part in (mixers, directions, directions @ normalised.detach().mT)), strict=True
     )
-    rows = OtherRows(tuple(Asked(*half) for half in halves))
+    rows = AskedRows(tuple(Asked(*half) for half in halves))
     arriving = mixers.mT @ directions
     (through,) = torch.autograd.grad(normalised, hidden, arriving, retain_graph=True)
     groups = torch.eye(3, dtype=torch.float64)[torch.randint(0, 3, (examples, others), generator=generator)]

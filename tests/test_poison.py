@@ -88,7 +88,7 @@ def test_predictions(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @values
-@pytest.mark.parametrize("name", ["others", "class", "spread"])
+@pytest.mark.parametrize("name", ["rows", "class", "spread"])
 @pytest.mark.parametrize("example", [0, -1], ids=["control", "prediction"])
 def test_notes_of_the_path(
     name: str, example: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""What followed rows ask of a block's other rows: products of few rows per head, summed over groups without row-by-row gradients."""
+"""What followed rows ask of a block's rows: products of few rows per head, summed over groups without row-by-row gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Asked:
-    """What one kind of query asks of a block's other rows: row ``t`` receives ``sum_r mixers_{r,t} directions_r``.
+    """What one kind of query asks of a block's rows: row ``t`` receives ``sum_r mixers_{r,t} directions_r``.
 
     Attributes:
-        mixers: Shape ``(m, R, T - 1)``.
+        mixers: Shape ``(m, R, T)``.
         directions: Shape ``(m, R, D)``.
-        along: Inner products of directions and normalised rows, shape ``(m, R, T - 1)``.
+        along: Inner products of directions and normalised rows, shape ``(m, R, T)``.
     """
 
     mixers: Tensor
@@ -24,11 +24,11 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class OtherRows:
-    """Gradient of a block's other rows, after the norm without its affine map, as far as the followed rows read them.
+class AskedRows:
+    """Gradient of a block's rows, after the norm without its affine map, as far as the followed rows read them.
 
     Row ``t`` receives ``ds_t u`` as a key and ``a_t d(pooled)`` as a value from every head of every followed row, and from a followed
-    row that is a mean of other rows its share of what that mean receives.
+    row that is a mean of rows its share of what that mean receives.
 
     Attributes:
         parts: These three, or the first two.
@@ -37,11 +37,11 @@ class OtherRows:
     parts: tuple[Asked, ...]
 
     def rows(self, normalised: Tensor, spread: Tensor) -> Tensor:
-        """Gradient of the rows before the norm, row by row, shape ``(m, T - 1, D)``.
+        """Gradient of the rows before the norm, row by row, shape ``(m, T, D)``.
 
         Args:
-            normalised: The normalised rows, shape ``(m, T - 1, D)``.
-            spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
+            normalised: The normalised rows, shape ``(m, T, D)``.
+            spread: Reciprocal standard deviations of the rows, shape ``(m, T, 1)``.
         """
         through = normalised * -self._pull(normalised, spread)
         for part in self.parts:
@@ -53,9 +53,9 @@ class OtherRows:
         """Sums of :meth:`rows` over groups of rows, shape ``(m, K, D)``, without forming them.
 
         Args:
-            normalised: The normalised rows, shape ``(m, T - 1, D)``.
-            spread: Reciprocal standard deviations of the rows, shape ``(m, T - 1, 1)``.
-            groups: 1 where a row belongs to a group, else 0, shape ``(m, T - 1, K)``.
+            normalised: The normalised rows, shape ``(m, T, D)``.
+            spread: Reciprocal standard deviations of the rows, shape ``(m, T, 1)``.
+            groups: 1 where a row belongs to a group, else 0, shape ``(m, T, K)``.
         """
         spreads = groups * spread.to(groups.dtype)
         first, *rest = ((part.mixers @ spreads).mT @ part.directions for part in self.parts)
@@ -64,15 +64,15 @@ class OtherRows:
         return arriving - arriving.mean(-1, keepdim=True) - pulled
 
     def _pull(self, normalised: Tensor, spread: Tensor) -> Tensor:
-        """How much of a row's own direction the norm takes out of what the row receives, shape ``(m, T - 1, 1)``."""
+        """How much of a row's own direction the norm takes out of what the row receives, shape ``(m, T, 1)``."""
         first, *rest = ((part.mixers * part.along).sum(1) for part in self.parts)
         own = sum(rest, first)[..., None]
         return own * spread.to(own.dtype) / normalised.shape[-1]
 
     def sizes(self, spread: Tensor) -> Tensor:
-        """A bound on the size of what each row receives, shape ``(m, T - 1, 1)``."""
+        """A bound on the size of what each row receives, shape ``(m, T, 1)``."""
         bound = torch.zeros_like(spread)
         for part in self.parts:
-            lengths = torch.linalg.vector_norm(part.directions, dim=-1, dtype=spread.dtype)[..., None]
-            bound = bound.baddbmm_(part.mixers.abs().to(spread.dtype).mT, lengths)
+            lengths = torch.linalg.vector_norm(part.directions, dim=-1, keepdim=True)
+            bound = bound.baddbmm_(part.mixers.abs().to(spread.dtype).mT, lengths.to(spread.dtype))
         return bound * spread
