@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_lgp.asked_rows import Asked, AskedRows
 from hf_lgp.attention_block import AttentionBlock
 from hf_lgp.class_path import ClassPath, contrasts
-from hf_lgp.asked_rows import Asked, AskedRows
 from hf_lgp.rules import Rule
 
 CHOSEN = torch.tensor([7, 0, 4, 9, 2])
