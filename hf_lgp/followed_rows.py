@@ -15,12 +15,11 @@ way: their heads share the passes over the rows. The backward is written out: a 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .asked_rows import Asked, AskedRows
 from .attention_block import BlockRows
-from .block_weights import Affine, BlockWeights
+from .block_weights import Affine, BlockWeights, affine
 from .path_terms import DenseTerm, HeadsTerm, PathTerm, RowTerm
 
 
@@ -51,7 +50,7 @@ class FollowedRows:
         followed = rows.entering.shape[1]
         own = rows.rows[:, :1]
         self._normalised = own if rows.normalised is None else torch.cat([own, rows.normalised], dim=1)
-        self._query = F.linear(self._normalised, *weights.query).unflatten(2, (self.block.heads, -1))
+        self._query = affine(self._normalised, weights.query).unflatten(2, (self.block.heads, -1))
         # The followed rows' heads side by side: one pass over the rows for all of them.
         self._asking = self._through_heads(self._query, self._by_head(weights.key)).flatten(1, 2)
         self._asked = scores = self._asking @ rows.rows.mT
@@ -62,7 +61,7 @@ class FollowedRows:
         self._pooled = (self._attention @ rows.rows).unflatten(1, (followed, self.block.heads))
         values = self._by_head(weights.value).mT, weights.value[1].view(self.block.heads, 1, -1)
         self._mixed = self._through_heads(self._pooled, *values).flatten(2)
-        self._projected = F.linear(self._mixed, *weights.output)
+        self._projected = affine(self._mixed, weights.output)
         return self._projected
 
     def _expand(self, graph: bool) -> Tensor:
@@ -72,10 +71,10 @@ class FollowedRows:
         after, *self._statistics_after = torch.native_layer_norm(self._middle, shape, None, None, norm.eps)
         self._after = after.to(dtype)
         self._expanded_from = torch.addcmul(norm.bias.to(dtype), self._after, norm.weight.to(dtype))
-        self._expanded = F.linear(self._expanded_from, *self.weights.expand).requires_grad_(graph)
+        self._expanded = affine(self._expanded_from, self.weights.expand).requires_grad_(graph)
         with torch.set_grad_enabled(graph):
             self._activated = self.block.activation(self._expanded)
-        self._contracted = F.linear(self._activated.detach(), *self.weights.contract)
+        self._contracted = affine(self._activated.detach(), self.weights.contract)
         return self._contracted
 
     def _by_head(self, layer: Affine) -> Tensor:

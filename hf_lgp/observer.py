@@ -245,7 +245,7 @@ class Observer:
         coordinates = subspace.blocks(position, observation.predicted[:count])
         path, ridge = (coefficients[position] for coefficients in alignment.coefficients)
         total = exact.sketch(vectors)[:count] / (self.unit * observation.weight)
-        error = total - ridge * (left @ coordinates @ (right.T @ vectors))
+        error = total - ridge * (left @ (coordinates @ (right.T @ vectors)))
         rest = total
         if along is not None:
             parallel = along.sketch(vectors)[:count]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention_block import AttentionBlock, BlockRows
-from .block_weights import BlockWeights
+from .block_weights import BlockWeights, affine
 from .followed_rows import FollowedRows
 from .row_notes import Backbone, RowNotes, compute_dtype, is_active
 
@@ -115,14 +115,14 @@ def through_block(weights: BlockWeights, hidden: Tensor, normalised: Tensor) -> 
     """
     block, norm, dtype = weights.block, weights.block.norm_after, weights.dtype
     with torch.autocast(hidden.device.type, enabled=False):
-        together = F.linear(normalised.to(dtype), *weights.together)
+        together = affine(normalised.to(dtype), weights.together)
         widths = [layer.out_features for layer in (block.query, block.key, block.value)]
         heads = [part.unflatten(-1, (block.heads, -1)).transpose(1, 2) for part in together.split(widths, -1)]
         attended = attend(*heads).transpose(1, 2).flatten(2)
-        middle = _scaled(block, 0, F.linear(attended, *weights.output)) + hidden
+        middle = _scaled(block, 0, affine(attended, weights.output)) + hidden
         gain, shift = norm.weight.to(middle.dtype), norm.bias.to(middle.dtype)
-        expanded = F.linear(F.layer_norm(middle, gain.shape, gain, shift, norm.eps).to(dtype), *weights.expand)
-        return middle.add_(_scaled(block, 1, F.linear(block.activation(expanded), *weights.contract)))
+        expanded = affine(F.layer_norm(middle, gain.shape, gain, shift, norm.eps).to(dtype), weights.expand)
+        return middle.add_(_scaled(block, 1, affine(block.activation(expanded), weights.contract)))
 
 
 def _scaled(block: AttentionBlock, position: int, branch: Tensor) -> Tensor:

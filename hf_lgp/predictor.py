@@ -163,7 +163,8 @@ class GradientPredictor:
 
     def move_bases(self) -> None:
         """Make accumulated power steps effective, re-expressing window and queue."""
-        self.subspace.update([self._coordinates[: self.window + self._waiting]])
+        queue = self._coordinates[self.window : self.window + self._waiting]
+        self.subspace.update([part for part in (self._coordinates[: self.size], queue) if len(part)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors needed to go on exactly where this predictor stands."""

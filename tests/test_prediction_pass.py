@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny import WIDTH, TinyImages, tiny_classifier
 from torch import Tensor, nn
 
+from hf_lgp import block_weights
 from hf_lgp.draws import private_randomness
 from hf_lgp.engine import LGPEngine
 from hf_lgp.settings import LGPSettings
@@ -118,3 +119,26 @@ def test_giving_up_the_path_gives_the_regression_its_own_memory() -> None:
     other = verified(tiny_classifier("beit", use_mean_pooling=True), model.classifier, False)
     assert engine.path is None
     assert engine.predictor.memory == other.predictor.memory
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("fused", [True, False])
+def test_affine_is_a_linear_layer(
+    biased: bool, dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without oneDNN's own bfloat16 layer, which not every processor has."""
+    if not fused:
+        monkeypatch.setattr(block_weights, "_LINEAR", None)
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((3, 5, 24), (16, 24), (16,))
+    )
+    result = block_weights.affine(rows, (weight, bias if biased else None))
+    expected = F.linear(rows.double(), weight.double(), bias.double() if biased else None)
+    assert result.dtype == dtype
+    # Sums of 24 products are rounded once, to the result's dtype.
+    torch.testing.assert_close(
+        result.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )
