@@ -1,7 +1,7 @@
 """Statistical price of a step by phase of training, from measured correlations and measured times.
 
-Reads the result files of ``predictability.py`` and ``step_cost.py`` for the same model and writes, for each phase, each way to train plainly that
-was timed and a few control fractions, the price ``E = variance * cost`` of formula (2) with the *measured* cost of a step; at fractions that were
+Reads the result files of ``predictability.py`` and ``step_cost.py`` for the same models and writes, for each model, each phase, each way to train
+plainly that was timed and a few control fractions, the price ``E = variance * cost`` of formula (2) with the *measured* cost of a step; at fractions that were
 not timed, control and prediction examples at their measured times plus the measured rest of a step. Plain training has price 1. ``mean over tensors`` weighs
 tensors equally, which is closer to what Adam sees; ``by gradient energy`` weighs them by variance.
 
@@ -59,6 +59,7 @@ def of_baseline(measured: dict[str, Any], path: Path) -> dict[str, Any] | None:
     cost, first = costs(cells), cells[0]
     regression = any(cell.get("regression", 1.0) > 0.5 for cell in cells)
     return {
+        "vit": first["vit"],
         "source": path.name,
         "precision": "bf16" if first["bf16"] else "fp32",
         "attention": first["attention"],
@@ -86,18 +87,18 @@ def logged(path: Path, steps: list[int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--predictability", type=Path, default=RESULTS / "predictability.json")
-    costs_by_default = [RESULTS / "step_cost_cifar_cpu.json", RESULTS / "step_cost_eager_cpu.json"]
+    shares_by_default = [RESULTS / "predictability.json", RESULTS / "predictability_384.json"]
+    parser.add_argument("--predictability", type=Path, nargs="+", default=shares_by_default)
+    costs_by_default = [RESULTS / f"step_cost_{name}cpu.json" for name in ("", "cifar_", "eager_")]
     parser.add_argument("--step-cost", type=Path, nargs="+", default=costs_by_default)
     parser.add_argument("--runs", type=Path, default=RESULTS / "time_to_accuracy_scratch.json")
     parser.add_argument("--steps", type=int, nargs="+", default=[200, 300, 400, 490])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    measured = json.loads(options.predictability.read_text(encoding="utf-8"))
-    found = (of_baseline(measured, path) for path in options.step_cost)
+    measured = (json.loads(path.read_text(encoding="utf-8")) for path in options.predictability)
+    found = [of_baseline(shares, path) for shares in measured for path in options.step_cost]
     result = {
-        "vit": measured["settings"]["vit"],
-        "predictability": options.predictability.name,
+        "predictability": [path.name for path in options.predictability],
         "baselines": [baseline for baseline in found if baseline is not None],
         "logged": logged(options.runs, options.steps),
     }
@@ -106,7 +107,7 @@ def main() -> None:
         for phase, kinds in baseline["phases"].items():
             for name, row in kinds.items():
                 print(
-                    f"{baseline['precision']} {baseline['attention']}, {phase}, {name}: rho2 {row['rho2']}, "
+                    f"{baseline['vit']} {baseline['precision']} {baseline['attention']}, {phase}, {name}: rho2 {row['rho2']}, "
                     f"price {row['price']} at {row['best_fraction']}",
                     flush=True,
                 )

@@ -54,11 +54,11 @@ def predictability() -> str | None:
 
 
 def wider() -> str | None:
-    """The same for a wider and deeper ViT."""
-    tiny = read("predictability_tiny")
-    if tiny is None:
+    """The same for wider and deeper ViTs."""
+    widths = {"192, ViT-tiny's": read("predictability_tiny"), "384, ViT-small's": read("predictability_384")}
+    measured = {width: result for width, result in widths.items() if result is not None}
+    if not measured:
         return None
-    phases = list(tiny["summary"])
     keys = {
         "mean over tensors": "rho2_layer_mean",
         "path alone": "rho2_path_alone",
@@ -68,8 +68,9 @@ def wider() -> str | None:
         "block 5": "rho2 block 5",
         "block 10": "rho2 block 10",
     }
-    rows = [[label, *(f"{tiny['summary'][phase][key]:.3f}" for phase in phases)] for label, key in keys.items()]
-    return table(["ρ² at ViT-tiny's width (192, 12 blocks, bf16)", *phases], rows)
+    columns = [(f"width {width}, {phase}", s) for width, r in measured.items() for phase, s in r["summary"].items()]
+    rows = [[label, *(f"{summary[key]:.3f}" for _, summary in columns)] for label, key in keys.items()]
+    return table(["ρ² with 12 blocks, bf16", *(name for name, _ in columns)], rows)
 
 
 def extra_variance() -> str | None:
@@ -122,7 +123,7 @@ def price() -> str | None:
         return None
     rows = []
     for baseline in result["baselines"]:
-        plain = f"{result['vit']}, {baseline['precision']}, {baseline['attention']} attention"
+        plain = f"{baseline['vit']}, {baseline['precision']}, {baseline['attention']} attention"
         for phase, kinds in baseline["phases"].items():
             cells = (f"{kind['price']:.2f} at {kind['best_fraction']:g}" for kind in kinds.values())
             rows.append([plain, phase, *cells])
