@@ -32,7 +32,7 @@ train: $(STAMP) ## train on your own data: make train OUTPUT=outputs/mine ARGS="
 
 .PHONY: test
 test: $(STAMP) ## run the test suite
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## run the longer checks

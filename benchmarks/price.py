@@ -1,7 +1,7 @@
 """Statistical price of a step by phase of training, from measured correlations and measured times.
 
 Reads the result files of ``predictability.py`` and ``step_cost.py`` for the same models and writes, for each model, each phase, each way to train
-plainly that was timed and a few control fractions, the price ``E = variance * cost`` of formula (2) with the *measured* cost of a step; at fractions that were
+plainly that was timed and the control fractions to choose from, the price ``E = variance * cost`` of formula (2) with the *measured* cost of a step; at fractions that were
 not timed, control and prediction examples at their measured times plus the measured rest of a step. Plain training has price 1. ``mean over tensors`` weighs
 tensors equally, which is closer to what Adam sees; ``by gradient energy`` weighs them by variance.
 
@@ -19,8 +19,8 @@ from typing import Any
 from common import RESULTS, write_json
 
 from hf_lgp.estimator import relative_variance
+from hf_lgp.plans import FRACTIONS
 
-FRACTIONS = (0.5, 0.25, 0.125, 0.0625)
 LOGGED = ("lgp_price", "lgp_cost", "lgp_fraction", "lgp_rho2_weighted", "lgp_rho2_worst")
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shares_by_default = [RESULTS / "predictability.json", RESULTS / "predictability_384.json"]
     parser.add_argument("--predictability", type=Path, nargs="+", default=shares_by_default)
-    costs_by_default = [RESULTS / f"step_cost_{name}cpu.json" for name in ("", "cifar_", "eager_")]
+    costs_by_default = [RESULTS / f"step_cost_{name}cpu.json" for name in ("", "384_eager_", "cifar_", "eager_")]
     parser.add_argument("--step-cost", type=Path, nargs="+", default=costs_by_default)
     parser.add_argument("--runs", type=Path, default=RESULTS / "time_to_accuracy_scratch.json")
     parser.add_argument("--steps", type=int, nargs="+", default=[200, 300, 400, 490])

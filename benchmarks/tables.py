@@ -93,7 +93,7 @@ def extra_variance() -> str | None:
 def step_cost() -> str | None:
     """Cost of a step in exact steps."""
     rows = []
-    for model in ("", "197_", "ridge_", "cifar_", "eager_", "145_"):
+    for model in ("", "384_eager_", "197_", "ridge_", "cifar_", "eager_", "145_"):
         for cell in (read(f"step_cost_{model}cpu") or {"cells": []})["cells"]:
             regression = "path and regression" if cell["class_path"] else "regression alone"
             remark = regression if cell.get("regression", 1.0) > 0.5 else "path alone"
