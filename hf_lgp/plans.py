@@ -33,7 +33,7 @@ class Plan:
 
 EXACT = Plan(1.0)
 
-FRACTIONS = (0.125, 0.25, 0.5)
+FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 """Control fractions to choose from: few, so that shapes, and with them compiled graphs and buffers, stay few."""
 
 HYSTERESIS = 0.97

@@ -46,7 +46,7 @@ class LGPSettings:
     """
 
     control_fraction: float = 0.0
-    variance_budget: float = 1.1
+    variance_budget: float = 1.05
     exact_steps: int | None = None
     window: int = 2048
     rank: int = 16

@@ -27,7 +27,7 @@ class LGPTrainingArguments(TrainingArguments):
         },
     )
     lgp_variance_budget: float = field(
-        default=1.1,
+        default=1.05,
         metadata={
             "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. "
             "0: no limit."
