@@ -72,17 +72,19 @@ def of_baseline(measured: dict[str, Any], path: Path) -> dict[str, Any] | None:
 
 
 def logged(path: Path, steps: list[int]) -> dict[str, Any]:
-    """What the automatic mode logged next after the given steps, medians over the seeds of arm ``lgp``."""
+    """What the automatic mode logged next after those of the given steps that the runs reached, medians over the seeds of arm ``lgp``."""
     result = json.loads(path.read_text(encoding="utf-8"))
     runs = [cell["log"] for cell in result["cells"] if cell["arm"] == "lgp"]
     table = {}
-    for step in steps:
+    for step in (step for step in steps if all(run[-1]["step"] >= step for run in runs)):
         entries = [next(entry for entry in run if entry["step"] >= step) for run in runs]
         table[str(step)] = {
             **{key: round(statistics.median(entry[key] for entry in entries), 4) for key in LOGGED},
             "prices": [entry["lgp_price"] for entry in entries],
         }
-    return {"source": path.name, "vit": result["settings"]["vit"], "seeds": len(runs), "steps": table}
+    precision = "bf16" if result["settings"]["bf16"] else "fp32"
+    vit = result["settings"]["vit"]
+    return {"source": path.name, "vit": vit, "precision": precision, "seeds": len(runs), "steps": table}
 
 
 def main() -> None:
@@ -91,8 +93,9 @@ def main() -> None:
     parser.add_argument("--predictability", type=Path, nargs="+", default=shares_by_default)
     costs_by_default = [RESULTS / f"step_cost_{name}cpu.json" for name in ("", "384_eager_", "cifar_", "eager_")]
     parser.add_argument("--step-cost", type=Path, nargs="+", default=costs_by_default)
-    parser.add_argument("--runs", type=Path, default=RESULTS / "time_to_accuracy_scratch.json")
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 300, 400, 490])
+    runs_by_default = [RESULTS / f"time_to_accuracy_{name}.json" for name in ("scratch_fp32", "scratch", "finetune")]
+    parser.add_argument("--runs", type=Path, nargs="+", default=runs_by_default)
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 300, 400, 490])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     measured = (json.loads(path.read_text(encoding="utf-8")) for path in options.predictability)
@@ -100,7 +103,7 @@ def main() -> None:
     result = {
         "predictability": [path.name for path in options.predictability],
         "baselines": [baseline for baseline in found if baseline is not None],
-        "logged": logged(options.runs, options.steps),
+        "logged": [logged(path, options.steps) for path in options.runs],
     }
     write_json(options.output / "price.json", result)
     for baseline in result["baselines"]:
@@ -111,8 +114,9 @@ def main() -> None:
                     f"price {row['price']} at {row['best_fraction']}",
                     flush=True,
                 )
-    for step, row in result["logged"]["steps"].items():
-        print(f"{result['logged']['vit']}, logged after step {step}: {row}", flush=True)
+    for runs in result["logged"]:
+        for step, row in runs["steps"].items():
+            print(f"{runs['source']}, logged after step {step}: {row}", flush=True)
 
 
 if __name__ == "__main__":
