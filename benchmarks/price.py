@@ -82,9 +82,7 @@ def logged(path: Path, steps: list[int]) -> dict[str, Any]:
             **{key: round(statistics.median(entry[key] for entry in entries), 4) for key in LOGGED},
             "prices": [entry["lgp_price"] for entry in entries],
         }
-    precision = "bf16" if result["settings"]["bf16"] else "fp32"
-    vit = result["settings"]["vit"]
-    return {"source": path.name, "vit": vit, "precision": precision, "seeds": len(runs), "steps": table}
+    return {"source": path.name, "seeds": len(runs), "steps": table}
 
 
 def main() -> None:

@@ -128,7 +128,8 @@ def price() -> str | None:
             cells = (f"{kind['price']:.2f} at {kind['best_fraction']:g}" for kind in kinds.values())
             rows.append([plain, phase, *cells])
     for logged in result["logged"]:
-        runs = f"{TASKS[Path(logged['source']).stem]}: as {logged['seeds']} runs logged it"
+        name = Path(logged["source"]).stem
+        runs = f"{TASKS.get(name, name)}: as {logged['seeds']} runs logged it"
         for step, entry in logged["steps"].items():
             single = entry["prices"]
             found = f"{entry['lgp_price']:.2f} at {entry['lgp_fraction']:g} ({min(single):.2f} to {max(single):.2f})"
