@@ -91,7 +91,8 @@ def main() -> None:
     parser.add_argument("--predictability", type=Path, nargs="+", default=shares_by_default)
     costs_by_default = [RESULTS / f"step_cost_{name}cpu.json" for name in ("", "384_eager_", "cifar_", "eager_")]
     parser.add_argument("--step-cost", type=Path, nargs="+", default=costs_by_default)
-    runs_by_default = [RESULTS / f"time_to_accuracy_{name}.json" for name in ("scratch_fp32", "scratch", "finetune")]
+    names = ("scratch_fp32", "scratch", "finetune_fp32", "finetune")
+    runs_by_default = [RESULTS / f"time_to_accuracy_{name}.json" for name in names]
     parser.add_argument("--runs", type=Path, nargs="+", default=runs_by_default)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 300, 400, 490])
     parser.add_argument("--output", type=Path, default=RESULTS)

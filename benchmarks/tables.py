@@ -275,6 +275,45 @@ def _arms(task: str, result: dict[str, Any]) -> str:
     return table([*header, "final accuracy", "at half of Trainer's time, against it", "peak memory, MiB"], rows)
 
 
+def equal_epochs() -> str | None:
+    """What as many steps as Trainer's end with, against it; the last row takes both fine-tunings, each beside its own Trainer runs."""
+    results = {task: result for name, task in TASKS.items() if (result := read(name))}
+    rows = [_equal_epochs(task, [result]) for task, result in results.items()]
+    finetunings = [task for task in results if task.startswith(FINETUNING)]
+    if len(finetunings) > 1:
+        rows.append(_equal_epochs(f"{FINETUNING}, both", [results[task] for task in finetunings]))
+    header = [
+        "`LGPTrainer` against `Trainer` at equal epochs",
+        "seeds",
+        "final accuracy",
+        "standard deviation of Trainer's seeds",
+    ]
+    return table([*header, "test loss", "seeds with the higher loss"], rows) if rows else None
+
+
+def _equal_epochs(task: str, results: list[dict[str, Any]]) -> list[str]:
+    """Paired differences with their standard errors; deviations are of Trainer's seeds within a result."""
+    accuracy, loss, variances = [], [], []
+    for result in results:
+        finals = {(cell["arm"], cell["seed"]): cell["final"] for cell in result["cells"]}
+        pairs = [(finals["lgp", seed], plain) for (arm, seed), plain in finals.items() if arm == "trainer"]
+        accuracy += [mine["accuracy"] - plain["accuracy"] for mine, plain in pairs]
+        loss += [mine["loss"] - plain["loss"] for mine, plain in pairs]
+        variances.append(statistics.variance(plain["accuracy"] for _, plain in pairs))
+
+    def error(values: list[float]) -> float:
+        return statistics.stdev(values) / len(values) ** 0.5
+
+    return [
+        task,
+        str(len(loss)),
+        f"{statistics.fmean(accuracy):+.2%} ± {error(accuracy):.2%}",
+        f"{statistics.fmean(variances) ** 0.5:.2%}",
+        f"{statistics.fmean(loss):+.4f} ± {error(loss):.4f}",
+        str(sum(value > 0 for value in loss)),
+    ]
+
+
 def ablations() -> str | None:
     """Price of a step at fraction 1/4 by what predicts."""
     result = read("time_to_accuracy_ablations")
@@ -331,10 +370,13 @@ def no_gain() -> str | None:
     return table(header, rows) if rows else None
 
 
+FINETUNING = "fine-tuning on five new classes"
+
 TASKS = {
     "time_to_accuracy_scratch_fp32": "CIFAR-10 from scratch, fp32",
     "time_to_accuracy_scratch": "CIFAR-10 from scratch, bf16, variance budget 1.1",
-    "time_to_accuracy_finetune": "fine-tuning on five new classes, bf16",
+    "time_to_accuracy_finetune_fp32": f"{FINETUNING}, fp32",
+    "time_to_accuracy_finetune": f"{FINETUNING}, bf16",
 }
 
 ARMS = {
@@ -360,6 +402,7 @@ TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [time_to_accuracy, no_gain],
     "docs/measurements.md": [
         arms,
+        equal_epochs,
         ablations,
         predictability,
         wider,
