@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accuracy_summary import BASELINE, by_seed
 from common import RESULTS
 
 from hf_lgp.estimator import relative_variance
@@ -295,11 +296,11 @@ def _equal_epochs(task: str, results: list[dict[str, Any]]) -> list[str]:
     """Paired differences with their standard errors; deviations are of Trainer's seeds within a result."""
     accuracy, loss, variances = [], [], []
     for result in results:
-        finals = {(cell["arm"], cell["seed"]): cell["final"] for cell in result["cells"]}
-        pairs = [(finals["lgp", seed], plain) for (arm, seed), plain in finals.items() if arm == "trainer"]
-        accuracy += [mine["accuracy"] - plain["accuracy"] for mine, plain in pairs]
-        loss += [mine["loss"] - plain["loss"] for mine, plain in pairs]
-        variances.append(statistics.variance(plain["accuracy"] for _, plain in pairs))
+        mine, plain = (by_seed(result["cells"], arm) for arm in ("lgp", BASELINE))
+        loss += [mine[seed]["final"]["loss"] - plain[seed]["final"]["loss"] for seed in mine]
+        of_lgp, of_trainer = (result["summary"]["arms"][arm]["final_accuracy"] for arm in ("lgp", BASELINE))
+        accuracy += of_lgp["differences"]
+        variances.append(of_trainer["standard_deviation"] ** 2)
 
     def error(values: list[float]) -> float:
         return statistics.stdev(values) / len(values) ** 0.5
