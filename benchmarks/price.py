@@ -18,7 +18,7 @@ from typing import Any
 
 from common import RESULTS, write_json
 
-from hf_lgp.estimator import relative_variance
+from hf_lgp.old_estimator import relative_variance
 from hf_lgp.plans import FRACTIONS
 
 LOGGED = ("lgp_price", "lgp_cost", "lgp_fraction", "lgp_rho2_weighted", "lgp_rho2_worst")

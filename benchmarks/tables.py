@@ -15,7 +15,7 @@ from typing import Any
 from accuracy_summary import BASELINE, by_seed
 from common import RESULTS
 
-from hf_lgp.estimator import relative_variance
+from hf_lgp.old_estimator import relative_variance
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .costs import OBSERVED, Costs
-from .estimator import control_size
+from .old_estimator import control_size
 from .lookout import REHEARSAL, TRIAL_STEPS, Lookout
 from .plans import EXACT, FRACTIONS, Explained, Plan, choose, choose_ridge, price_of, variance_of
 from .settings import LGPSettings

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from .class_path import ClassPath, same_features
 from .controller import Controller
 from .costs import REHEARSALS, REHEARSED, REHEARSED_PART
-from .estimator import control_size
+from .old_estimator import control_size
 from .exchange import Exchange
 from .families import find_backbone
 from .injection import Splice, splice_head

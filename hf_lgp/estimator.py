@@ -1,49 +1,28 @@
-"""The control-variate estimator: how predicted and exact gradients combine, and when that pays.
+"""The control-variate estimator: weights, variance, cost and price. Pure functions of numbers and tensors.
 
-Notation. A micro-batch has ``m`` examples with gradients ``g_i``. A random *control* subset ``S`` of
-``m_c = f * m`` examples gets exact gradients; every example gets a prediction ``g_hat_i`` that was fitted on
-earlier steps only. With any coefficient ``alpha`` fixed before the draw::
+Notation: a micro-batch has ``m`` examples, of which ``m_c = f m`` *control* examples, drawn uniformly, get exact gradients. ``sigma^2 = tr Var(g)``
+is the variance of one example's gradient ``g`` and ``sigma_e^2 = tr Var(g - g~)`` that of the residual against its prediction ``g~``.
 
-    G_hat = mean_S(g) + alpha * (mean_all(g_hat) - mean_S(g_hat))                                     (1)
-
-``E_S[mean_S(x)] = mean_all(x)`` for every ``x`` when ``S`` is uniform without replacement, hence
-``E_S[G_hat] = mean_all(g)``: unbiased for every predictor and every ``alpha``.
-
-The idea (predicted gradients with a control variate, the break-even between their cost and their accuracy) is
-that of *Linear Gradient Prediction with Control Variates*, arXiv 2511.05187; the formulas (2) to (4) are derived
-in ``docs/mathematics.md``.
+The idea is that of *Linear Gradient Prediction with Control Variates*, arXiv 2511.05187; the formulas are derived in ``docs/mathematics.md``.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-
-def combine(
-    control_mean: Tensor, predicted_mean: Tensor, predicted_control_mean: Tensor, alpha: Tensor | float
-) -> Tensor:
-    """Combine exact and predicted gradients without bias, formula (1).
-
-    Args:
-        control_mean: ``mean_S(g)``, exact mean gradient over the control subset, any shape.
-        predicted_mean: ``mean_all(g_hat)``, mean prediction over the whole micro-batch, same shape.
-        predicted_control_mean: ``mean_S(g_hat)``, mean prediction over the control subset, same shape.
-        alpha: Control-variate coefficient, broadcastable; must not depend on the draw of ``S``.
-
-    Returns:
-        The unbiased estimate of ``mean_all(g)``, same shape as ``control_mean``.
-    """
-    return control_mean + alpha * (predicted_mean - predicted_control_mean)
+FRACTIONS = (0.5, 0.25, 0.125, 0.0625)
+"""Control fractions to choose from besides 1."""
 
 
 def control_size(examples: int, fraction: float) -> int:
-    """Number of control examples ``m_c = round(f * m)``, at least 1 and at most ``examples``.
+    """Number of control examples ``m_c = round(f m)``, at least 1 and at most ``m``.
 
     Args:
-        examples: Size ``m`` of the micro-batch, at least 1.
+        examples: ``m``, at least 1.
         fraction: Control fraction ``f`` in (0, 1].
 
     Raises:
@@ -54,93 +33,63 @@ def control_size(examples: int, fraction: float) -> int:
     return min(examples, max(1, round(fraction * examples)))
 
 
-def optimal_alpha(covariance: Tensor, predicted_variance: Tensor, limit: float = 2.0) -> Tensor:
-    """Coefficient that minimises the variance of (1): ``Cov(g, g_hat) / Var(g_hat)``, clipped to ``[0, limit]``.
-
-    The clip keeps one bad estimate from *adding* variance: a prediction that is anti-correlated with the gradient is
-    switched off rather than used with its sign flipped.
-
-    Args:
-        covariance: Estimates of ``tr Cov(g, g_hat)``, one per tensor, any shape.
-        predicted_variance: Estimates of ``tr Var(g_hat)``, same shape.
-        limit: Upper bound of the coefficient.
-
-    Returns:
-        ``alpha``, same shape; 0 where ``g_hat`` does not vary.
-    """
-    safe = torch.where(predicted_variance > 0, predicted_variance, torch.ones_like(predicted_variance))
-    alpha = torch.where(predicted_variance > 0, covariance / safe, torch.zeros_like(covariance))
-    return alpha.clamp(0.0, limit)
+def control_scale(examples: int, controls: int) -> float:
+    """What an exact gradient of a control example counts: ``m / m_c``."""
+    return examples / controls
 
 
-def squared_correlation(covariance: Tensor, variance: Tensor, predicted_variance: Tensor) -> Tensor:
-    """Squared correlation ``rho^2 = Cov^2 / (Var(g) Var(g_hat))`` of per-example gradients, clipped to [0, 1].
-
-    Args:
-        covariance: ``tr Cov(g, g_hat)``, any shape.
-        variance: ``tr Var(g)``, same shape.
-        predicted_variance: ``tr Var(g_hat)``, same shape.
-
-    Returns:
-        ``rho^2``, same shape; 0 where either variance vanishes or the correlation is negative.
-    """
-    varies = (variance > 0) & (predicted_variance > 0)
-    positive, one = covariance.clamp(min=0), torch.ones_like(covariance)
-    # Two quotients, since the products of tiny variances underflow in float32.
-    rho2 = (positive / torch.where(varies, variance, one)) * (positive / torch.where(varies, predicted_variance, one))
-    return torch.where(varies, rho2, torch.zeros_like(rho2)).clamp(0.0, 1.0)
+@lru_cache(maxsize=32)
+def control_weights(examples: int, controls: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Weights ``w_i = 1 - (m / m_c) [i in S]`` of the predictions, control examples first; shape ``(m,)``."""
+    weights = torch.ones(examples, dtype=dtype)
+    weights[:controls] -= control_scale(examples, controls)
+    return weights.to(device)
 
 
-def relative_variance(fraction: float, rho2: float) -> float:
-    """Variance of ``G_hat`` over that of the exact mean of all ``m`` examples, with optimal ``alpha``.
+def relative_variance(fraction: float, residual_share: float) -> float:
+    """Variance of the estimate over that of the exact batch gradient.
 
-    For a micro-batch drawn from an infinite population, ``Var(G_hat) = (sigma^2 / m) * (1 - (1 - f) rho^2) / f``,   (2)
-    where ``sigma^2`` is the trace of the variance of one example's gradient.
+    ``V(f) = 1 + (1 / f - 1) sigma_e^2 / sigma^2``                                                        (2)
+
+    for a batch drawn from a large population, with coefficient 1.
 
     Args:
         fraction: Control fraction ``f`` in (0, 1].
-        rho2: Squared correlation of ``g`` and ``g_hat`` in [0, 1].
+        residual_share: ``sigma_e^2 / sigma^2``.
     """
-    return (1.0 - (1.0 - fraction) * rho2) / fraction
+    return 1.0 + (1.0 / fraction - 1.0) * residual_share
 
 
-def relative_cost(fraction: float, kappa: float) -> float:
-    """Cost of ``G_hat`` in units of one exact forward and backward of all ``m`` examples: ``f + (1 - f) kappa``, formula (3).
+def price(fraction: float, residual_share: float, cost: float) -> float:
+    """Statistical price: relative variance times relative cost. Plain training has price 1.
 
     Args:
-        fraction: Control fraction ``f`` in (0, 1].
-        kappa: Time of a prediction over the time of an exact forward and backward, per example.
+        fraction: Control fraction ``f``.
+        residual_share: ``sigma_e^2 / sigma^2``.
+        cost: Time of a step with predictions over that of an exact one.
     """
-    return fraction + (1.0 - fraction) * kappa
+    return relative_variance(fraction, residual_share) * cost                                             # (3)
 
 
-def price(fraction: float, rho2: float, kappa: float) -> float:
-    """Statistical price ``E(f)``: relative variance times relative cost. Plain training has price 1."""
-    return relative_variance(fraction, rho2) * relative_cost(fraction, kappa)
-
-
-def pays(rho2: float, kappa: float) -> bool:
-    """Whether any control fraction below 1 has a price below 1: exactly when ``rho^2 > kappa``."""
-    return rho2 > kappa
-
-
-def best_fraction(rho2: float, kappa: float) -> float:
-    """Control fraction of least price: ``f* = sqrt(kappa (1 - rho^2) / ((1 - kappa) rho^2))``, formula (4).
+def best_fraction(costs: Mapping[float, float], residual_share: float, budget: float) -> float:
+    """The control fraction of least price whose variance the budget allows; 1 where none has a price below 1.
 
     Args:
-        rho2: Squared correlation in [0, 1].
-        kappa: Cost of a prediction in (0, 1).
-
-    Returns:
-        ``f*`` in (0, 1); 1 when no fraction pays; 0 in the limit of perfect or free predictions.
+        costs: Relative costs of the fractions to choose from.
+        residual_share: ``sigma_e^2 / sigma^2``.
+        budget: Largest relative variance allowed.
     """
-    if not pays(rho2, kappa):
-        return 1.0
-    return min(1.0, math.sqrt(kappa * (1.0 - rho2) / ((1.0 - kappa) * rho2)))
+    allowed = {f: price(f, residual_share, c) for f, c in costs.items() if relative_variance(f, residual_share) <= budget}
+    best = min(allowed, key=allowed.__getitem__, default=1.0)
+    return best if allowed.get(best, 1.0) < 1.0 else 1.0
 
 
-def best_price(rho2: float, kappa: float) -> float:
-    """Price at the best fraction, formula (4): ``(sqrt((1 - kappa)(1 - rho^2)) + sqrt(kappa rho^2))^2``, 1 if none pays."""
-    if not pays(rho2, kappa):
-        return 1.0
-    return (math.sqrt((1.0 - kappa) * (1.0 - rho2)) + math.sqrt(kappa * rho2)) ** 2
+def spread(sums: Tensor, squares: Tensor, groups: int) -> Tensor:
+    """Spread of ``G`` vectors around their mean, ``sum_g |v_g|^2 - |sum_g v_g|^2 / G``: ``G - 1`` times their variance.
+
+    Args:
+        sums: ``|sum_g v_g|^2``.
+        squares: ``sum_g |v_g|^2``, same shape.
+        groups: ``G``.
+    """
+    return (squares - sums / groups).clamp(min=0.0)

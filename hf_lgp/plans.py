@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .estimator import control_size, relative_variance
+from .old_estimator import control_size, relative_variance
 
 
 @dataclass(frozen=True, order=True)

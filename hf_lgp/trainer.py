@@ -18,7 +18,7 @@ from .compatibility import refuse_incompatible
 from .costs import PART
 from .draws import draw_control, private_randomness, private_seed
 from .engine import LGPEngine
-from .estimator import relative_cost
+from .old_estimator import relative_cost
 from .exhaustion import is_exhaustion
 from .figure_callback import FigureCallback
 from .head import find_head, named_head

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.engine import LGPEngine
-from hf_lgp.estimator import control_size
+from hf_lgp.old_estimator import control_size
 
 
 class OracleTrainer(LGPTrainer):

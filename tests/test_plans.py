@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lgp.estimator import relative_variance
+from hf_lgp.old_estimator import relative_variance
 from hf_lgp.plans import EXACT, FRACTIONS, HYSTERESIS, RIDGE_COST, Explained, Plan, choose, choose_ridge, price_of
 
 PLANS = [Plan(f, ridge) for f in FRACTIONS for ridge in (False, True)]

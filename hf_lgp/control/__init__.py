@@ -1,0 +1,1 @@
+"""What a step does, what it measures, and who decides."""

@@ -1,0 +1,67 @@
+"""Measuring how well gradients are predicted: exact and predicted gradients of a few groups of examples, compared tensor by tensor.
+
+The spread of the group sums of ``g - g~`` and of ``g`` gives ``sigma_e^2`` and ``sigma^2`` of every tensor, of any kind, without per-example
+gradients; only their ratio matters, so the groups' size cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..estimator import spread
+
+
+@dataclass(frozen=True)
+class GroupSpread:
+    """Spreads of the group sums of one measurement, float32, on the device.
+
+    Attributes:
+        residual: ``sigma_e^2`` of each tensor, times a constant, shape ``(n,)``.
+        total: ``sigma^2`` of each, times the same, shape ``(n,)``.
+    """
+
+    residual: Tensor
+    total: Tensor
+
+
+class GroupSums:
+    """Running sums over groups; what :class:`GroupSpread` is made of.
+
+    Attributes:
+        exact: Sums of the exact gradients over groups.
+    """
+
+    def __init__(self) -> None:
+        self.exact: list[Tensor] = []
+        self._residual: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._groups = 0
+
+    def add(self, exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> None:
+        """Add a group's gradients, tensor by tensor."""
+        exact, residual = list(exact), torch._foreach_sub(list(exact), list(predicted))
+        squares = [_squared_norms(residual), _squared_norms(exact)]
+        if self._groups == 0:
+            self.exact, self._residual, self._squares = [t.clone() for t in exact], list(residual), squares
+        else:
+            torch._foreach_add_(self.exact, exact)
+            torch._foreach_add_(self._residual, list(residual))
+            torch._foreach_add_(self._squares, squares)
+        self._groups += 1
+
+    def spread(self) -> GroupSpread:
+        """The spreads of what was added."""
+        residual, total = self._squares
+        return GroupSpread(
+            spread(_squared_norms(self._residual), residual, self._groups),
+            spread(_squared_norms(self.exact), total, self._groups),
+        )
+
+
+def _squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(list(tensors), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.stack(norms).square().float()

@@ -1,0 +1,74 @@
+"""The plan of a step: one frozen value, decided before it and read by everyone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GROUPS = 8
+"""Groups of control examples that a measuring step compares: two are useless, four scatter twice as much."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is done in one micro-batch.
+
+    Attributes:
+        fraction: Control fraction ``f``; 1 for exact gradients.
+        measure: Whether to compare predictions with exact gradients, group by group.
+        first_row: Whether the last block is run on the first row only, in stacks of which only that is read.
+        seed: Of the draws of control examples; each call of a stack draws anew.
+        all_control: For checks: whether every example is a control example, and yet the splice in place.
+    """
+
+    fraction: float = 1.0
+    measure: bool = False
+    first_row: bool = False
+    seed: int = 0
+    all_control: bool = False
+
+    @property
+    def splits(self) -> bool:
+        """Whether examples go different ways."""
+        return self.fraction < 1.0 or self.measure or self.all_control
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to do but what ``Trainer`` does."""
+        return not self.splits and not self.first_row
+
+
+def private_seed(*keys: int) -> int:
+    """A well mixed 63-bit seed from integers (seed, step, micro-batch, process): stateless, so it survives any resume."""
+    return int(np.random.SeedSequence([key % 2**32 for key in keys]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def draw_order(examples: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A random order of the examples, whose first ``m_c`` are the control examples, and its inverse.
+
+    The global random streams stay untouched.
+
+    Args:
+        examples: ``m``.
+        seed: Of this draw.
+        device: Where the order is wanted.
+
+    Returns:
+        Two int64 tensors of shape ``(m,)``.
+    """
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    both = torch.stack([order, order.argsort()])
+    if device.type == "cuda":
+        both = both.pin_memory().to(device, non_blocking=True)
+    return both[0], both[1]
+
+
+@lru_cache(maxsize=8)
+def identity_order(examples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The examples in the order in which they came."""
+    order = torch.arange(examples, device=device)
+    return order, order

@@ -1,0 +1,116 @@
+"""Attention of a few rows to all rows of a sequence, without forming the keys and values of all rows.
+
+With ``x_t`` the rows that the key and value layers read, a query ``q`` scores row ``t`` by ``(W_k^T q) . x_t``, and the output is
+``W_v sum_t p_t x_t + b_v``. So neither keys nor values are formed, and ``dL/dW_k``, ``dL/dW_v`` are one product per head: exact. A bias
+of the key layer shifts all scores of a query alike and has no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+
+
+class FoldedAttention(torch.autograd.Function):
+    """``softmax(q W_k x^T + bias) x W_v^T + b_v``, head by head, for ``S`` rows ``q`` of each of ``m`` examples.
+
+    Forward takes ``q (m, S, H, d)``, already scaled, ``key (H, d, D)``, ``value (H, d, D)``, ``value_bias (H, 1, d)`` or None,
+    ``x (m, T, D)``, ``bias`` that broadcasts to ``(m, S, H, T)`` or None, what dropout leaves of the probabilities, ``kept (m, S, H, T)``,
+    or None, all of one dtype, and gives ``(m, S, H, d)``. Softmax is taken in float32 at least. What a row ``x_t`` receives as key and as value, ``sum_s ds_{s,t} (W_k^T q_s) + p_{s,t} (W_v^T do_s)``, is accumulated by two products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        value_bias: Tensor | None,
+        x: Tensor,
+        bias: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        m, s, heads, _ = q.shape
+        with torch.autocast(q.device.type, enabled=False):
+            turned = x.mT.contiguous() if x.device.type == "cpu" else x.mT  # MKL is three times slower with the view
+            folded = _by_head(q, key).reshape(m, s * heads, -1)
+            scores = folded @ turned
+            if bias is not None:
+                scores = (scores.view(m, s, heads, -1) + bias).view(m, s * heads, -1)
+            p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(x.dtype)
+            used = p if kept is None else p * kept.view_as(p)
+            pooled = (used @ x).view(m, s, heads, -1)
+            out = _by_head(pooled, value.mT, value_bias)
+        ctx.save_for_backward(q, key, value, x, turned, folded, p, used, kept, pooled)
+        ctx.has_value_bias, ctx.bias_shape = value_bias is not None, None if bias is None else bias.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, key, value, x, turned, folded, p, used, kept, pooled = ctx.saved_tensors
+        m, s, heads, _ = q.shape
+        from_values = _by_head(grad, value).view_as(folded)
+        d_p = from_values @ turned
+        if kept is not None:
+            d_p = d_p * kept.view_as(d_p)
+        d_scores = aten._softmax_backward_data(d_p, p, -1, p.dtype)
+        d_folded = (d_scores @ x).view_as(pooled)
+        d_x = torch.bmm(d_scores.mT, folded).baddbmm_(used.mT, from_values) if ctx.needs_input_grad[4] else None
+        d_bias = None
+        if ctx.needs_input_grad[5]:
+            d_bias = d_scores.view(m, s, heads, -1).sum_to_size(ctx.bias_shape)
+        d_value_bias = grad.sum((0, 1))[:, None] if ctx.has_value_bias else None
+        return (
+            _by_head(d_folded, key.mT),
+            _outer(q, d_folded) if ctx.needs_input_grad[1] else None,
+            _outer(grad, pooled) if ctx.needs_input_grad[2] else None,
+            d_value_bias,
+            d_x,
+            d_bias,
+            None,
+        )
+
+
+def _heads_first(rows: Tensor) -> Tensor:
+    """``(m, S, H, a) -> (H, m S, a)``."""
+    return rows.flatten(0, 1).transpose(0, 1)
+
+
+def _by_head(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``(m, S, H, a), (H, a, b) -> (m, S, H, b)``."""
+    flat = _heads_first(rows)
+    out = torch.bmm(flat, weights) if bias is None else torch.baddbmm(bias, flat, weights)
+    return out.transpose(0, 1).contiguous().view(*rows.shape[:-1], -1)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """``(m, S, H, a), (m, S, H, b) -> (H, a, b)``: sums of outer products."""
+    return torch.bmm(_heads_first(left).mT, _heads_first(right))
+
+
+def rows_of_bias(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What an attention mask adds to the scores of a few query rows.
+
+    Args:
+        mask: None, or a mask that broadcasts to ``(m, H, T, T)``: boolean, True where a key may be read, or added to scores.
+        weights: ``(m, T, S)``, how much of each row a query row consists of; None for the first row alone.
+        dtype: Of the scores.
+
+    Returns:
+        What to add to scores ``(m, H, S, T)``, broadcastable: the mean over the rows that a query row consists of; or None.
+    """
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        # Half of the smallest number: sums with it must not leave the range.
+        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min / 2)
+    mask = mask.to(dtype)[(None,) * (4 - mask.dim())]
+    if mask.shape[2] > 1:
+        mask = mask[:, :, :1] if weights is None else weights.mT.unsqueeze(1).to(dtype) @ mask
+    return mask

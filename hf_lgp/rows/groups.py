@@ -1,0 +1,59 @@
+"""How the rows of a sequence are grouped, and how much of its group's row each of them is."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SMALL = 1e-20
+"""What a row counts that nothing was asked of: where that holds for a whole group, its rows count alike."""
+
+
+@lru_cache(maxsize=32)
+def _patterns(length: int, bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``bits`` square waves of 1, 2, ... periods along the sequence, centred, 0 at the first row: shape ``(bits, length)``."""
+    at = torch.arange(length - 1, dtype=torch.float64) / (length - 1)
+    waves = torch.stack([(at * 2 * torch.pi * (bit + 1) + 0.1).sin().sign() for bit in range(bits)])
+    return F.pad(waves - waves.mean(1, keepdim=True), (1, 0)).to(device=device, dtype=dtype)
+
+
+def group_rows(hidden: Tensor, groups: int) -> Tensor:
+    """Group the rows of each example by which parts of the sequence they resemble; the first row stays by itself.
+
+    A row's code has one bit per pattern: whether it lies further along the contrast of the sequence's parts that the pattern tells apart than
+    the example's mean row. Neighbouring, similar rows come together. Every example is grouped by itself.
+
+    Args:
+        hidden: Rows, shape ``(m, T, D)`` with ``T >= 2``.
+        groups: ``K >= 1``.
+
+    Returns:
+        Membership, shape ``(m, T, 1 + K)``, one 1 in every row, in the dtype of ``hidden`` or float32 if that is half.
+    """
+    bits = max(1, (groups - 1).bit_length())
+    normal = F.layer_norm(hidden, hidden.shape[-1:])
+    contrasts = _patterns(hidden.shape[1], bits, normal.dtype, normal.device) @ normal
+    along = normal @ contrasts.mT
+    beyond = along > along[:, 1:].mean(1, keepdim=True)
+    code = beyond[..., 0].long()
+    for bit in range(1, bits):
+        code = code + (beyond[..., bit].long() << bit)
+    code = 1 + code % groups
+    code[:, 0] = 0
+    return F.one_hot(code, 1 + groups).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def row_weights(member: Tensor, asked: Tensor) -> Tensor:
+    """How much of its group's row each row is: in proportion to what it was asked so far.
+
+    Args:
+        member: Membership, shape ``(m, T, 1 + K)``.
+        asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit.
+
+    Returns:
+        Weights ``G``, shape ``(m, T, 1 + K)``: columns sum to 1, those of empty groups to 0.
+    """
+    return F.normalize(member * (asked + _SMALL), p=1.0, dim=1, eps=1e-30)

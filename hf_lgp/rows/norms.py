@@ -1,0 +1,50 @@
+"""Layer norms of followed rows: a mean of rows gets the scale that the norm gave its rows.
+
+A mean is shorter than the rows it stands for, so its own norm would stretch it and its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer norm's output and the scale ``1 / sigma`` of every row.
+
+    Args:
+        norm: The layer norm, over the last dimension.
+        rows: Its input, shape ``(m, T, D)``.
+
+    Returns:
+        What ``norm(rows)`` is, and the scales, shape ``(m, T, 1)``, without a graph.
+    """
+    if torch.is_autocast_enabled(rows.device.type):  # which knows `layer_norm` alone
+        with torch.no_grad():
+            wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            scale = (wide.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+        return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps), scale
+    out, _, scale = torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return out, scale.detach()
+
+
+def norm_of_means(norm: nn.LayerNorm, rows: Tensor, scale: Tensor) -> Tensor:
+    """The layer norm of mean rows at the scale of the rows they stand for.
+
+    Args:
+        norm: The layer norm.
+        rows: Mean rows, shape ``(m, S, D)``.
+        scale: The weighted means of their rows' ``1 / sigma``, shape ``(m, S, 1)``.
+
+    Returns:
+        ``weight * (rows - mean) / sigma + bias``, with ``sigma``'s own gradient as in a layer norm, scaled from ``1 / sigma`` of the mean row to ``scale``.
+    """
+    normal = F.layer_norm(rows, norm.normalized_shape, None, None, norm.eps)
+    with torch.no_grad():
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        ratio = scale * (wide.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    normal = normal * ratio.to(normal.dtype)
+    if norm.weight is None:
+        return normal
+    return normal * norm.weight if norm.bias is None else torch.addcmul(norm.bias, normal, norm.weight)

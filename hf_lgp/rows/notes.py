@@ -1,0 +1,81 @@
+"""What one forward of a stack of blocks leaves for the walk: immutable records of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StreamNotes:
+    """What a block noted of the examples it was run on.
+
+    Attributes:
+        scales: ``1 / sigma`` of every row, shape ``(m, T, 1)``, for each call of each layer norm.
+        kept: What dropout left of the first row, shape ``(m, 1, D)``: 0 or ``1 / (1 - p)``, for each call of each dropout.
+    """
+
+    scales: Mapping[nn.Module, tuple[Tensor, ...]]
+    kept: Mapping[nn.Module, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class BlockNotes:
+    """What is known of one block's forward on ``m`` examples.
+
+    Attributes:
+        hidden: Rows that entered, shape ``(m, T, D)``, without a graph.
+        args: The block's other arguments; batched tensors are in the order of ``hidden``.
+        kwargs: The same for those given by name.
+        batched: The tensors among them that have an entry for each example, by identity.
+        stream: What the block noted.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batched: frozenset[int]
+    stream: StreamNotes
+
+    def take(self, part: slice) -> BlockNotes:
+        """The notes of some examples."""
+        taken: set[int] = set()
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor) and id(value) in self.batched:
+                value = value[part]
+                taken.add(id(value))
+            return value
+
+        args, kwargs = map_tensors(of, self.args), map_tensors(of, dict(self.kwargs))
+        stream = StreamNotes(
+            {norm: tuple(t[part] for t in noted) for norm, noted in self.stream.scales.items()},
+            {dropout: tuple(t[part] for t in noted) for dropout, noted in self.stream.kept.items()},
+        )
+        return replace(
+            self, hidden=self.hidden[part], args=args, kwargs=kwargs, batched=frozenset(taken), stream=stream
+        )
+
+
+def joined(streams: list[StreamNotes]) -> StreamNotes:
+    """The notes of several groups of examples, in their order."""
+    if len(streams) == 1:
+        return streams[0]
+    first = streams[0]
+    return StreamNotes(
+        {n: tuple(torch.cat(call) for call in zip(*(s.scales[n] for s in streams), strict=True)) for n in first.scales},
+        {n: tuple(torch.cat(call) for call in zip(*(s.kept[n] for s in streams), strict=True)) for n in first.kept},
+    )
+
+
+def map_tensors(function: Any, value: Any) -> Any:
+    """Apply a function to the leaves of nested tuples, lists and dicts; other containers are leaves."""
+    if type(value) is tuple or type(value) is list:
+        return type(value)(map_tensors(function, item) for item in value)
+    if type(value) is dict:
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    return function(value)
