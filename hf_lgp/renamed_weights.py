@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .draws import private_randomness
+from .verify import unrandom
 
 
 def restore_renamed_weights(model: nn.Module | None, checkpoint: str | os.PathLike[str]) -> bool:
@@ -29,7 +29,7 @@ def restore_renamed_weights(model: nn.Module | None, checkpoint: str | os.PathLi
     """
     if not isinstance(model, PreTrainedModel):
         return False
-    with private_randomness(model.device, 0):
+    with unrandom():
         result: Any = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
     loaded, info = result
     if any(info.get(problem) for problem in ("missing_keys", "mismatched_keys", "error_msgs")):

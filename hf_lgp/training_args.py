@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .settings import LGPSettings
+from .settings import KERNELS, PREDICTORS, LGPSettings
 
 
 @dataclass
 class LGPTrainingArguments(TrainingArguments):
     """Arguments of :class:`~hf_lgp.LGPTrainer`.
 
-    Every argument of ``TrainingArguments`` keeps its meaning and default. See ``hf_lgp.settings.LGPSettings`` for the ranges.
+    Every argument of ``TrainingArguments`` keeps its meaning and default. See ``hf_lgp.LGPSettings`` for the ranges.
 
     Raises:
         ValueError: If an ``lgp_*`` value is out of range; the message says what to change.
@@ -27,7 +27,7 @@ class LGPTrainingArguments(TrainingArguments):
         },
     )
     lgp_variance_budget: float = field(
-        default=1.05,
+        default=1.1,
         metadata={
             "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. "
             "0: no limit."
@@ -37,60 +37,19 @@ class LGPTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Optimizer steps at the start that are exact before the automatic choice begins: gradients are largest there, and "
-            "Adam remembers their noise. Default: a tenth of the run, 100 at most. A fixed fraction begins as soon as it can."
+            "Adam remembers their noise. Default: a tenth of the run, 100 at most."
         },
     )
-    lgp_window: int = field(
-        default=2048, metadata={"help": "Number of recent exact examples that the gradient predictor is fitted on."}
-    )
-    lgp_rank: int = field(
-        default=16,
-        metadata={"help": "Basis vectors per side of a weight matrix in which its per-example gradients are stored."},
-    )
-    lgp_kernel: str = field(
-        default="rbf",
-        metadata={"help": "Kernel of the predictor in the head's input features.", "choices": ["linear", "rbf"]},
-    )
-    lgp_ridge: float = field(
-        default=0.03, metadata={"help": "Regularisation of the predictor, relative to the kernel's mean diagonal."}
-    )
-    lgp_memory_steps: int = field(
-        default=256,
-        metadata={"help": "Micro-batches after which an exact example's say in predictions has faded to 1/e."},
-    )
-    lgp_warmup_examples: int = field(
-        default=0,
+    lgp_predictor: str = field(
+        default="auto",
         metadata={
-            "help": "Exact examples to gather before the first prediction; steps until then are exact. "
-            "0: 128 with the class path and an automatic fraction, 512 otherwise."
+            "help": "auto: the row walk where the model's blocks are found and verified, exact steps elsewhere. rows: the same, an "
+            "error elsewhere. linear: the paper's predictor.",
+            "choices": list(PREDICTORS),
         },
     )
-    lgp_observe_examples: int = field(
-        default=64, metadata={"help": "Largest number of exact examples that the predictor takes from one micro-batch."}
-    )
-    lgp_observe_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Micro-batches between two that the predictor takes exact examples from. "
-            "0: 8 with the class path, 1 without."
-        },
-    )
-    lgp_refit_steps: int = field(
-        default=0,
-        metadata={"help": "Micro-batches between two fits of the predictor. 0: 16 with the class path, 4 without."},
-    )
-    lgp_basis_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Micro-batches between two moves of the bases that gradients are stored in. "
-            "0: 16 with the class path, 12 without."
-        },
-    )
-    lgp_class_path: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute the gradient along the class token, with four mean rows for all others, in models whose head reads it."
-        },
+    lgp_groups: int = field(
+        default=4, metadata={"help": "Mean rows that the row walk follows besides the first row of a sequence."}
     )
     lgp_seed: int = field(
         default=0,
@@ -98,11 +57,19 @@ class LGPTrainingArguments(TrainingArguments):
             "help": "Seed of the private random stream that draws the control examples; other streams stay untouched."
         },
     )
-    lgp_head: str = field(
-        default="",
-        metadata={
-            "help": "Qualified name of the classification head, an nn.Linear. Empty: find it by a probe forward."
-        },
+    lgp_window: int = field(
+        default=2048, metadata={"help": "Linear predictor: recent exact examples that it is fitted on."}
+    )
+    lgp_rank: int = field(
+        default=16,
+        metadata={"help": "Linear predictor: basis vectors per side of a weight matrix in which gradients are stored."},
+    )
+    lgp_kernel: str = field(
+        default="rbf",
+        metadata={"help": "Linear predictor: kernel in the features; linear is the paper's.", "choices": list(KERNELS)},
+    )
+    lgp_ridge: float = field(
+        default=0.03, metadata={"help": "Linear predictor: regularisation, relative to the kernel's mean diagonal."}
     )
 
     def __post_init__(self) -> None:

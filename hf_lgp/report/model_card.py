@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from .card_section import section
 from .figure import FIGURE_NAME
-from .settings import LGPSettings
+from ..settings import LGPSettings
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What to cite: the paper whose method this package implements, and the package."""
 
-from ._version import __version__
+from .._version import __version__
 
 BIBTEX = f"""\
 @article{{ciosek2025linear,

@@ -15,21 +15,20 @@ _LOSS, _EVALUATION, _FRACTION, _RHO2 = "#4477aa", "#ee6677", "#222222", "#228833
 
 
 def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Draw losses, control fraction and ρ² over the steps of a run.
+    """Draw losses, control fraction and variance explained over the steps of a run.
 
     Args:
         log_history: ``TrainerState.log_history``.
         path: Where the image goes; the suffix says in which format. Replaced in one go if there is one already.
 
     Returns:
-        Whether a figure was drawn: not without matplotlib, nor of a run in which nothing was learnt to predict with.
+        Whether a figure was drawn: not without matplotlib, nor of a run in which nothing was predicted.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    fraction = series(log_history, "lgp_fraction")
-    # 0 until something is measured.
-    rho2 = series([entry for entry in log_history if entry.get("lgp_rho2")], "lgp_rho2")
+    fraction = series(log_history, "lgp/fraction")
+    rho2 = series([entry for entry in log_history if entry.get("lgp/variance_explained")], "lgp/variance_explained")
     if not rho2[0]:
         return False
     try:
@@ -44,7 +43,7 @@ def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLi
         upper.plot(*evaluations, color=_EVALUATION, marker="o", markersize=3.5, linewidth=1.2, label="evaluation loss")
     upper.set_ylabel("loss")
     lower.step(*fraction, where="post", color=_FRACTION, linewidth=1.2, label="control fraction")
-    lower.plot(*rho2, color=_RHO2, marker=".", markersize=4, linewidth=1.0, label="ρ² of the predictions")
+    lower.plot(*rho2, color=_RHO2, marker=".", markersize=4, linewidth=1.0, label="variance explained")
     lower.set_ylim(min(0.0, 0.0, *rho2[1]) - 0.03, 1.03)
     lower.set_xlabel("step")
     for axes in (upper, lower):

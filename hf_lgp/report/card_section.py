@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from ._version import __version__
+from .._version import __version__
 from .citations import BIBTEX
 from .figure import series
-from .settings import LGPSettings
+from ..settings import LGPSettings
 
 MOST_PHASES = 6
 """Rows of the table at most: shorter phases are merged into their neighbours."""
@@ -66,12 +66,12 @@ def section(
         figure: Link to the run's figure, relative to the card; None if there is none.
     """
     parts = ["## Linear gradient prediction", _INTRODUCTION]
-    readings = [entry for entry in log_history if "lgp_fraction" in entry]
+    readings = [entry for entry in log_history if "lgp/fraction" in entry]
     if readings:
         # What an entry says of the fraction holds from there on; its other readings are of the steps before it.
         before = [readings[0], *readings[:-1]]
         shifted = [
-            {**entry, "lgp_fraction": earlier["lgp_fraction"]} for earlier, entry in zip(before, readings, strict=True)
+            {**entry, "lgp/fraction": earlier["lgp/fraction"]} for earlier, entry in zip(before, readings, strict=True)
         ]
         parts += [
             _phase_table(phases([entry for entry in shifted if "train_runtime" not in entry])),
@@ -80,9 +80,9 @@ def section(
     elif settings.control_fraction == 1.0:
         parts.append("In this run every gradient was exact: the control fraction was 1.")
     else:
-        parts.append("The log of this run holds no readings of the predictor.")
+        parts.append("The log of this run holds no readings of predictions.")
     if figure is not None:
-        parts.append(f"![Loss, control fraction and ρ² over the steps of the run]({figure})")
+        parts.append(f"![Loss, control fraction and variance explained over the steps of the run]({figure})")
     parts += ["### Settings", _settings_list(settings), "### Loading"]
     parts.append(
         "A plain transformers checkpoint; hf_lgp is not needed.\n\n"
@@ -96,11 +96,11 @@ def phases(readings: Sequence[Mapping[str, Any]]) -> list[Phase]:
     """Split log entries where the control fraction changes, and merge the shortest phases while there are too many.
 
     Args:
-        readings: Log entries with ``lgp_fraction``, that of the steps before the entry.
+        readings: Log entries with ``lgp/fraction``, that of the steps before the entry.
     """
     result: list[Phase] = []
     for entry in readings:
-        if result and result[-1].entries[-1]["lgp_fraction"] == entry["lgp_fraction"]:
+        if result and result[-1].entries[-1]["lgp/fraction"] == entry["lgp/fraction"]:
             result[-1].entries.append(entry)
         else:
             result.append(Phase([entry]))
@@ -112,12 +112,12 @@ def phases(readings: Sequence[Mapping[str, Any]]) -> list[Phase]:
 
 
 def _phase_table(parts: Sequence[Phase]) -> str:
-    rows = ["| steps | control fraction | mean ρ² | mean training loss |", "| --- | --- | --- | --- |"]
+    rows = ["| steps | control fraction | mean variance explained | mean training loss |", "| --- | --- | --- | --- |"]
     first = 1
     for phase in parts:
-        measured = Phase([entry for entry in phase.entries if entry.get("lgp_rho2")])
+        measured = Phase([entry for entry in phase.entries if entry.get("lgp/variance_explained")])
         rows.append(
-            f"| {first:,}-{phase.last:,} | {phase.span('lgp_fraction')} | {measured.mean('lgp_rho2')} | {phase.mean('loss')} |"
+            f"| {first:,}-{phase.last:,} | {phase.span('lgp/fraction')} | {measured.mean('lgp/variance_explained')} | {phase.mean('loss')} |"
         )
         first = phase.last + 1
     return "\n".join(rows)
@@ -125,21 +125,14 @@ def _phase_table(parts: Sequence[Phase]) -> str:
 
 def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
     lines = []
-    # Before the first comparison with exact gradients the log says 0.
-    if rho2 := [value for value in series(readings, "lgp_rho2")[1] if value]:
+    if rho2 := [value for value in series(readings, "lgp/variance_explained")[1] if value]:
         lines.append(
-            "ρ², the share of the gradient's variance that predictions explain: "
+            "share of the gradient's variance that predictions explain: "
             f"{number(rho2[-1])} at the end, {number(sum(rho2) / len(rho2))} on average"
         )
-    if share := series(readings, "lgp_exact_share")[1]:
-        lines.append(f"micro-batches with exact gradients throughout: {share[-1]:.1%}")
-    if saved := series(readings, "lgp_time_saved")[1]:
+    if saved := series(readings, "lgp/seconds_saved")[1]:
         verb = "saved" if saved[-1] >= 0 else "lost"
         lines.append(f"time {verb} against plain training, as estimated while training: {duration(abs(saved[-1]))}")
-    if coverage := series(readings, "lgp_coverage")[1]:
-        lines.append(f"trainable parameters below the head whose gradients can be predicted: {coverage[-1]:.1%}")
-    if nonfinite := series(readings, "lgp_nonfinite")[1]:
-        lines.append(f"micro-batches whose predictions were left out because they were not finite: {nonfinite[-1]:.0f}")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -1,0 +1,33 @@
+"""Time of work on a device, read without waiting for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Lap:
+    """A piece of work between two marks: host seconds, or events in a GPU's queue."""
+
+    began: Any
+    ended: Any
+
+    def seconds(self) -> float:
+        """Its duration; on a GPU this waits until it has passed."""
+        if isinstance(self.ended, float):
+            return float(self.ended - self.began)
+        self.ended.synchronize()
+        return float(self.began.elapsed_time(self.ended)) / 1e3
+
+
+def mark(device: torch.device) -> Any:
+    """The present moment, for a :class:`Lap`: in the device's queue on a GPU, on the host's clock elsewhere."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

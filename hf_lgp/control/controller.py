@@ -1,0 +1,292 @@
+"""When to predict, and with which control fraction: functions on one immutable record of what was measured.
+
+An automatic run goes through three stages. *Exact*: its first steps, in which plain steps are timed against those whose last block is run on the first row
+only, and the residual's share of the variance is measured. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
+micro-batches, so that its time is known. *Predicting*: it is followed as long as its measured price is the best; now and then a
+micro-batch measures the share, and a plain one is timed. Where nothing pays, steps are exact, and looks become rarer and rarer.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..estimator import FRACTIONS, control_size, price, relative_variance
+from .plan import StepPlan
+
+PERIOD = 8
+"""Micro-batches between two decisions."""
+
+MEASURE_EVERY = 32
+"""Micro-batches between two measurements while gradients are predicted."""
+
+CLEAN_EVERY = 101
+"""Micro-batches between two plain exact ones while others are not, to time them; prime to what recurs otherwise."""
+
+_MEASUREMENTS = 8
+"""Measurements before the first choice."""
+
+_MEMORY = 16.0
+"""Measurements after which an old one counts 1/e."""
+
+_KEPT = 15
+"""Latest times of each kind of step whose median counts."""
+
+_TRIAL = 6
+"""Times of a kind of step before they are believed."""
+
+_SETTLING = 2
+"""Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
+
+_MARGIN = 0.95
+"""Expected price, relative to exact steps, below which an untried fraction is tried."""
+
+_HYSTERESIS = 0.97
+"""Price, relative to the present one, below which another fraction takes over."""
+
+_FIRST_LOOK, _LAST_LOOK = 64, 4096
+"""Micro-batches until the first look after nothing paid, and at most; each look that finds nothing doubles them."""
+
+_LOOKS = 2
+"""Measurements of a look."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run was asked for.
+
+    Attributes:
+        fraction: Fixed control fraction; 0 to choose.
+        budget: Largest relative variance that a choice may cause; infinite without a limit.
+        exact_steps: Optimizer steps at the start that are exact when the fraction is chosen.
+        first_row: Whether some stack's last block can be run on the first row only.
+    """
+
+    fraction: float
+    budget: float
+    exact_steps: int
+    first_row: bool
+
+
+@dataclass(frozen=True)
+class Controller:
+    """What was measured so far and what follows from it.
+
+    Attributes:
+        seen: Micro-batches so far.
+        fraction: The fraction followed; 1 for exact steps.
+        times: Latest times per unit of work of each kind of step, by its key.
+        residual: Faded sum over measurements of ``sigma_e^2`` by tensor.
+        total: The same of ``sigma^2``.
+        measurements: Number of measurements.
+        changed_at: Micro-batch of the last change of fraction.
+        look_at: Micro-batch from which on to look again, while nothing pays.
+        look_after: Micro-batches that the next look that finds nothing will wait.
+        saved: Estimated time saved against plain steps, in seconds.
+        size: Examples of the largest micro-batch so far.
+    """
+
+    seen: int = 0
+    fraction: float = 1.0
+    times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    residual: tuple[float, ...] = ()
+    total: tuple[float, ...] = ()
+    measurements: int = 0
+    changed_at: int = 0
+    look_at: int = 0
+    look_after: int = _FIRST_LOOK
+    saved: float = 0.0
+    size: int = 0
+
+    # -- what is known -------------------------------------------------------------------------------------------------
+
+    @property
+    def residual_share(self) -> float:
+        """``sigma_e^2 / sigma^2``: half over all tensors together, half the mean over tensors; 1 before any measurement.
+
+        The first is the extra variance of the gradient as a vector. The second is what an optimizer sees that scales every tensor by itself.
+        """
+        whole = sum(self.total)
+        if not whole > 0.0:
+            return 1.0
+        each = [min(1.0, r / t) for r, t in zip(self.residual, self.total, strict=True) if t > 1e-9 * whole]
+        return 0.5 * (min(1.0, sum(self.residual) / whole) + sum(each) / len(each))
+
+    def seconds(self, plan: StepPlan) -> float | None:
+        """Median time per unit of work of a kind of step; None if it was not timed."""
+        times = self.times.get(key_of(plan), ())
+        return statistics.median(times) if times else None
+
+    @property
+    def exact_plan(self) -> StepPlan:
+        """The cheaper of the two kinds of exact steps."""
+        plain, first = self.seconds(StepPlan()), self.seconds(StepPlan(first_row=True))
+        return StepPlan(first_row=first is not None and plain is not None and first < plain)
+
+    def cost(self, fraction: float) -> float:
+        """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
+
+        Without a time of its own, the share of a step that does not depend on the number of examples is estimated from a measuring step, which
+        has it eight times for the control examples and for the walk.
+        """
+        exact = self.seconds(self.exact_plan)
+        own = self.seconds(StepPlan(fraction, first_row=self._first))
+        if exact is None:
+            return 1.0
+        if own is not None:
+            return own / exact
+        tried = [(f, t) for f in FRACTIONS if (t := self.seconds(StepPlan(f, first_row=self._first))) is not None]
+        if tried:  # linear in the fraction, exact steps being the other end
+            near, time = min(tried, key=lambda pair: abs(math.log(pair[0] / fraction)))
+            kappa = (time / exact - near) / (1.0 - near)
+            return fraction + (1.0 - fraction) * kappa
+        measuring = self.seconds(StepPlan(1.0, measure=True, first_row=self._first))
+        fixed = 0.0 if measuring is None else min(1.0, max(0.0, (measuring / exact - 1.4) / 17.0))
+        return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * 0.40)
+
+    @property
+    def _first(self) -> bool:
+        return any(key_of(StepPlan(first_row=True)) == key for key in self.times)
+
+    def price(self, fraction: float) -> float:
+        """Price of a fraction relative to the cheaper exact step."""
+        return 1.0 if fraction >= 1.0 else price(fraction, self.residual_share, self.cost(fraction))
+
+    def variance(self, fraction: float) -> float:
+        """Relative variance of the gradient at a fraction."""
+        return relative_variance(fraction, self.residual_share)
+
+    # -- what to do ----------------------------------------------------------------------------------------------------
+
+    def plan(self, rules: Rules, step: int, examples: int, accumulation: int = 1) -> StepPlan:
+        """The plan of the next micro-batch, without the seed of its draw.
+
+        Args:
+            rules: What the run was asked for.
+            step: Optimizer steps so far.
+            examples: Size of the micro-batch.
+            accumulation: Micro-batches of an optimizer step.
+        """
+        fraction = rules.fraction or self.fraction
+        if examples < 2 or (fraction < 1.0 and control_size(examples, fraction) == examples):
+            fraction = 1.0
+        measurable = control_size(examples, fraction) >= 2
+        if rules.fraction:
+            measure = measurable and self.seen % (2 * MEASURE_EVERY) == MEASURE_EVERY
+            return StepPlan(fraction, measure and fraction < 1.0, rules.first_row)
+        if self.seen % CLEAN_EVERY == CLEAN_EVERY - 1:
+            return StepPlan()
+        if step < rules.exact_steps or self.fraction >= 1.0:
+            return self._exact_step(rules, step, accumulation, measurable)
+        # The first micro-batches with a new fraction are for timing it.
+        measure = measurable and self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
+        return StepPlan(fraction, measure, rules.first_row)
+
+    def _exact_step(self, rules: Rules, step: int, accumulation: int, measurable: bool) -> StepPlan:
+        if rules.first_row and self.seen < 2 * PERIOD:  # in turns, to compare their times
+            return StepPlan(first_row=self.seen % 2 == 1)
+        soon = (rules.exact_steps - step) * accumulation <= _MEASUREMENTS + 2 and self.seen >= PERIOD
+        looks = self.measurements < _MEASUREMENTS and not self._hopeless or self.measurements == 0
+        if measurable and ((soon and looks and self.look_at == 0) or 0 <= self.seen - (self.look_at or math.inf) < _LOOKS):
+            return StepPlan(1.0, True, rules.first_row)
+        return self.exact_plan
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether even perfect predictions would save too little."""
+        return min(self.cost(f) for f in FRACTIONS) > _MARGIN
+
+    # -- what happened -------------------------------------------------------------------------------------------------
+
+    def advanced(self, examples: int) -> Controller:
+        """One micro-batch later."""
+        return replace(self, seen=self.seen + 1, size=max(self.size, examples))
+
+    def timed(self, plan: StepPlan, unit: float, at: int) -> Controller:
+        """With the time per unit of work that micro-batch number ``at`` took; those that tell little are left out."""
+        if not math.isfinite(unit) or (plan.fraction < 1.0 and at - self.changed_at < _SETTLING) or at == 0:
+            return self
+        key = key_of(plan)
+        return replace(self, times={**self.times, key: (*self.times.get(key, ()), unit)[-_KEPT:]})
+
+    def measured(self, residual: Sequence[float], total: Sequence[float]) -> Controller:
+        """With one more measurement, by tensor."""
+        if not all(map(math.isfinite, (*residual, *total))):
+            return self
+        fade = math.exp(-1.0 / _MEMORY) if len(self.total) == len(total) else 0.0
+        before = zip(self.residual, self.total, strict=True) if fade else ((0.0, 0.0) for _ in total)
+        sums = [(fade * r0 + r, fade * t0 + t) for (r0, t0), r, t in zip(before, residual, total, strict=True)]
+        r, t = zip(*sums, strict=True) if sums else ((), ())
+        return replace(self, residual=tuple(r), total=tuple(t), measurements=self.measurements + 1)
+
+    def decided(self, rules: Rules, step: int) -> Controller:
+        """With a fraction chosen by what is known now.
+
+        Args:
+            rules: What the run was asked for.
+            step: Optimizer steps so far.
+        """
+        if rules.fraction or self.measurements == 0 or self.seconds(StepPlan()) is None:
+            return self
+        if self.fraction >= 1.0:
+            if step < rules.exact_steps or (self.measurements < _MEASUREMENTS and not self._hopeless):
+                return self
+            if self.look_at and self.seen < self.look_at + _LOOKS:
+                return self
+        elif len(self.times.get(key_of(StepPlan(self.fraction, first_row=rules.first_row)), ())) < _TRIAL:
+            return self
+        allowed = [f for f in FRACTIONS if self.variance(f) <= rules.budget and control_size(self.size, f) >= 2]
+        prices = {f: self.price(f) * (1.0 if self._tried(f, rules) else 1.0 / _MARGIN) for f in allowed}
+        best = min(prices, key=prices.__getitem__, default=1.0)
+        present = self.price(self.fraction) if self.fraction in (*allowed, 1.0) else math.inf
+        if prices.get(best, 1.0) >= 1.0:
+            best = 1.0
+        elif best != self.fraction and prices[best] > _HYSTERESIS * present:
+            best = self.fraction
+        if best >= 1.0:
+            return self._waiting(given_up=self.fraction < 1.0)
+        if best == self.fraction:
+            return self
+        return replace(self, fraction=best, changed_at=self.seen, look_at=0)
+
+    def _tried(self, fraction: float, rules: Rules) -> bool:
+        return self.seconds(StepPlan(fraction, first_row=rules.first_row)) is not None
+
+    def _waiting(self, given_up: bool) -> Controller:
+        """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
+        wait = min(_LAST_LOOK, self.look_after * (16 if self._hopeless else 1))
+        times = self.times
+        if not given_up and self.look_after >= 8 * _FIRST_LOOK:
+            times = {key: value for key, value in times.items() if not key.startswith("0")}
+        changed_at = self.seen if given_up else self.changed_at
+        return replace(self, fraction=1.0, changed_at=changed_at, look_at=self.seen + wait, look_after=min(_LAST_LOOK, 2 * self.look_after), times=times)
+
+    def accounted(self, plan: StepPlan, unit: float, size: float) -> Controller:
+        """With what a micro-batch saved against a plain one."""
+        plain = self.seconds(StepPlan())
+        if plain is None or plan == StepPlan() or not math.isfinite(unit):
+            return self
+        return replace(self, saved=self.saved + (plain - unit) * size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record as JSON knows it."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Controller:
+        """The record that :meth:`state_dict` gave.
+
+        Raises:
+            TypeError: If the state is another version's.
+        """
+        times = {key: tuple(values) for key, values in state["times"].items()}
+        sums = {name: tuple(state[name]) for name in ("residual", "total")}
+        return cls(**{**state, "times": times, **sums})
+
+
+def key_of(plan: StepPlan) -> str:
+    """A kind of step, as a name."""
+    return f"{plan.fraction:g}{' first row' if plan.first_row else ''}{' measuring' if plan.measure else ''}"

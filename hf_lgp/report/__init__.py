@@ -1,0 +1,1 @@
+"""What a run says of itself: log lines, a figure, a section of the model card."""

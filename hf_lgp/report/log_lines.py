@@ -1,0 +1,48 @@
+"""What a run logs, and the line that sums it up."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+
+PREFIX = "lgp/"
+"""Trackers group what is logged by the part of its name before the slash."""
+
+
+def library_logger() -> logging.Logger:
+    """The package's logger, which writes to stderr unless the program that uses it set up its own; messages from INFO on."""
+    logger = logging.getLogger("hf_lgp")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    return logger
+
+
+def readings(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures under the names they are logged by."""
+    return {f"{PREFIX}{name}": value for name, value in figures.items()}
+
+
+def summary(figures: Mapping[str, float], steps: Mapping[str, int], seconds: float, refused: str | None) -> str:
+    """One line for a person at the end of a run.
+
+    Args:
+        figures: The last figures of the run.
+        steps: Numbers of ``exact`` and ``predicted`` micro-batches.
+        seconds: Time of the whole run.
+        refused: Why nothing was predicted; None if there was no reason.
+    """
+    if refused is not None:
+        return f"LGPTrainer: all gradients were exact, because {refused}."
+    count = sum(steps.values())
+    if not steps["predicted"]:
+        return "LGPTrainer: all gradients were exact; predicting them would not have paid here."
+    line = f"LGPTrainer: {steps['predicted'] / count:.0%} of the steps had predicted gradients"
+    saved = figures.get("seconds_saved")
+    if saved is None:
+        return f"{line}."
+    verb, share = ("less", saved) if saved >= 0 else ("more", -saved)
+    return f"{line}; estimated {share / max(1e-9, seconds + saved):.0%} {verb} time than Trainer at equal steps."

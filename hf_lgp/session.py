@@ -1,0 +1,210 @@
+"""One training run with predicted gradients: from the first micro-batch, which verifies the model, to the last figure.
+
+It knows ``torch`` only. A trainer asks for the plan of each micro-batch, runs its ordinary step inside :meth:`Session.step`, and reads figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .control.clock import Lap, mark
+from .control.controller import PERIOD, Controller, Rules, key_of
+from .control.exchange import holds_everywhere, mean_over_processes, processes
+from .control.measurement import GroupSpread
+from .control.plan import StepPlan, private_seed
+from .methods import Method
+from .settings import LGPSettings
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a micro-batch left to be read later."""
+
+    plan: StepPlan
+    at: int
+    size: float
+    lap: Lap
+    spreads: tuple[GroupSpread, ...]
+
+
+class Session:
+    """The state of one run.
+
+    Args:
+        settings: The settings.
+        exact_steps: Optimizer steps that are exact at the start of an automatic run.
+        device: Where the model is trained.
+        process: Rank of this process.
+
+    Attributes:
+        method: How gradients are predicted; None before the model was verified, or if it failed.
+        refused: Why nothing is predicted; None while there is no reason.
+        controller: What was measured and chosen.
+        steps: Numbers of exact and predicted micro-batches.
+    """
+
+    def __init__(self, settings: LGPSettings, exact_steps: int, device: torch.device, process: int = 0) -> None:
+        self.settings, self.exact_steps, self.device, self.process = settings, exact_steps, device, process
+        self.method: Method | None = None
+        self.refused: str | None = None
+        self.controller = Controller()
+        self.steps = {"exact": 0, "predicted": 0}
+        self._readings: list[_Reading] = []
+        self._staged: tuple[list[_Reading], Tensor, Any] | None = None
+        self._position = (-1, 0)
+        self._learnt: Mapping[str, Tensor] | None = None
+
+    @property
+    def rules(self) -> Rules:
+        """What the controller is asked for."""
+        s = self.settings
+        first_row = self.method is not None and self.method.has_first_row
+        return Rules(s.control_fraction, s.variance_budget or float("inf"), self.exact_steps, first_row)
+
+    def use(self, method: Method | None, refused: str | None) -> str | None:
+        """Predict with a method from here on, or not at all, for a reason; all processes end up with the same.
+
+        Returns:
+            Why nothing will be predicted, None if it will.
+        """
+        if processes() > 1 and not holds_everywhere(method is not None, self.device):
+            method, refused = None, refused or "it failed the check in another process"
+        self.method, self.refused = method, refused
+        if method is not None and self._learnt:
+            method.load_state_dict(self._learnt)
+        self._learnt = None
+        return refused
+
+    def plan(self, step: int, examples: int, accumulation: int) -> StepPlan:
+        """The plan of the next micro-batch.
+
+        Args:
+            step: Optimizer steps so far.
+            examples: Size of the micro-batch.
+            accumulation: Micro-batches of an optimizer step.
+        """
+        micro_batch = self._position[1] + 1 if self._position[0] == step else 0
+        self._position = (step, micro_batch)
+        if self.method is None or self.refused is not None:
+            return StepPlan()
+        self._decide(step)
+        plan = self.controller.plan(self.rules, step, examples, accumulation)
+        return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
+
+    @contextmanager
+    def step(self, plan: StepPlan, examples: int, size: float) -> Iterator[None]:
+        """A context for the forward and backward of one micro-batch; nothing is counted if it fails.
+
+        Args:
+            plan: Its plan.
+            examples: Its examples.
+            size: Its size in units of work.
+        """
+        spreads: list[GroupSpread] = []
+        with ExitStack() as exits:
+            if self.method is not None and not plan.plain:
+                exits.enter_context(self.method.splice(plan, spreads.append))
+            began = mark(self.device)
+            yield
+            lap = Lap(began, mark(self.device))
+        self.steps["predicted" if plan.fraction < 1.0 else "exact"] += 1
+        if self.method is not None and self.refused is None:
+            kind = replace(plan, seed=0)
+            self._readings.append(_Reading(kind, self.controller.seen, size, lap, tuple(spreads)))
+            self.controller = self.controller.advanced(examples)
+
+    # -- decisions -----------------------------------------------------------------------------------------------------
+
+    def _decide(self, step: int) -> None:
+        """Read what is due and choose. On a GPU the numbers are those of the last time: they have arrived, nothing waits."""
+        if self.controller.seen % PERIOD or not self._readings:
+            return
+        if self.device.type != "cuda":
+            self._use(self._readings, mean_over_processes(self._numbers(self._readings)), step)
+        else:
+            if self._staged is not None:
+                readings, numbers, event = self._staged
+                event.synchronize()
+                self._use(readings, numbers, step)
+            numbers = mean_over_processes(self._numbers(self._readings).to(self.device, non_blocking=True))
+            host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._staged = self._readings, host, event
+        self._readings = []
+
+    def _numbers(self, readings: list[_Reading]) -> Tensor:
+        """All numbers of some readings as one vector."""
+        units = [r.lap.seconds() / r.size for r in readings]
+        spreads = [torch.cat([s.residual, s.total]) for r in readings for s in r.spreads]
+        return torch.cat([torch.tensor(units, dtype=torch.float32, device=self.device), *spreads])
+
+    def _use(self, readings: list[_Reading], numbers: Tensor, step: int) -> None:
+        values, controller = numbers.tolist(), self.controller
+        units, values = values[: len(readings)], values[len(readings) :]
+        for reading, unit in zip(readings, units, strict=True):
+            controller = controller.timed(reading.plan, unit, reading.at)
+            controller = controller.accounted(reading.plan, unit, reading.size)
+            residual: list[float] = []
+            total: list[float] = []
+            for spread in reading.spreads:
+                n = len(spread.total)
+                residual, total, values = residual + values[:n], total + values[n : 2 * n], values[2 * n :]
+            if total:
+                controller = controller.measured(residual, total)
+        self.controller = controller.decided(self.rules, step)
+
+    # -- figures and state ---------------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, float]:
+        """What to log, by name: the fraction alone while nothing is predicted."""
+        if self.method is None or self.refused is not None:
+            return {"fraction": 1.0}
+        controller, fixed = self.controller, self.settings.control_fraction
+        fraction = fixed or controller.fraction
+        figures = {"fraction": fraction}
+        if fraction < 1.0:
+            if controller.measurements:
+                figures["variance_explained"] = 1.0 - controller.residual_share
+                figures["variance"] = controller.variance(fraction)
+            plain = controller.seconds(StepPlan())
+            own = controller.seconds(StepPlan(fraction, first_row=self.rules.first_row))
+            if plain and own:
+                figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
+        return {name: round(value, 6) for name, value in figures.items()}
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint needs: tensors, and numbers as JSON knows them."""
+        controller = self.controller
+        numbers = {"controller": controller.state_dict(), "steps": self.steps, "pending": list(map(_entry_of, self._readings))}
+        return ({} if self.method is None else self.method.state_dict()), numbers
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; tensors go to the method once the model is verified.
+
+        Raises:
+            KeyError, TypeError: If the state is another version's.
+        """
+        self.controller = Controller.from_state_dict(numbers["controller"])
+        self.steps = {name: int(numbers["steps"][name]) for name in self.steps}
+        self._readings = [_reading_of(entry, self.device) for entry in numbers["pending"]]
+        self._learnt = tensors
+
+
+def _entry_of(reading: _Reading) -> dict[str, Any]:
+    spreads = [[s.residual.tolist(), s.total.tolist()] for s in reading.spreads]
+    return {"key": key_of(reading.plan), "at": reading.at, "size": reading.size, "seconds": reading.lap.seconds(), "spreads": spreads}
+
+
+def _reading_of(entry: Mapping[str, Any], device: torch.device) -> _Reading:
+    fraction, *words = entry["key"].split(" ", 1)
+    kind = words[0] if words else ""
+    plan = StepPlan(float(fraction), "measuring" in kind, "first row" in kind)
+    spreads = tuple(GroupSpread(*(torch.tensor(v, device=device) for v in pair)) for pair in entry["spreads"])
+    return _Reading(plan, entry["at"], entry["size"], Lap(0.0, float(entry["seconds"])), spreads)

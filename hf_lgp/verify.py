@@ -1,0 +1,158 @@
+"""Trust, but verify: before anything is predicted, the spliced model must do on a few examples what the model does.
+
+With every example a control example, the loss and every parameter's gradient must be the model's own; with half of them, the loss. This one check replaces every
+table of supported models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .control.plan import StepPlan
+from .rows.parts import Intercept, UnknownBlock
+from .sealed import SpliceError
+from .stack import Stack, spliced
+
+_WIDE, _HALF = 1e-3, 5e-2
+"""Differences allowed, relative to a tensor's norm: of float32 and of half precision."""
+
+
+def verified(
+    model: nn.Module, stacks: Sequence[Stack], loss: Callable[[], Tensor], groups: int, intercept: Intercept, half: bool = False
+) -> tuple[Stack, ...]:
+    """The stacks, each with what was learnt of whether only the first row of its output is read.
+
+    Args:
+        model: The model, unwrapped.
+        stacks: Its stacks.
+        loss: The loss of a few examples, two at least, as in training.
+        groups: ``K`` of the walk.
+        intercept: Gives a context in which attention goes to another function.
+        half: Whether the model computes in half precision.
+
+    Raises:
+        UnknownBlock: If the spliced model differs from the model; the message says in what.
+    """
+    allowed = _HALF if half else _WIDE
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run(stacks: Sequence[Stack], plan: StepPlan) -> tuple[Tensor, list[Tensor | None]]:
+        with unrandom(), spliced(stacks, plan, groups, intercept):
+            value = loss()
+            return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
+
+    def same(stacks: Sequence[Stack], first_row: bool) -> str | None:
+        """How the spliced model differs, None if it does not."""
+        try:
+            value, gradients = run(stacks, StepPlan(first_row=first_row, all_control=True))
+        except SpliceError as error:
+            return str(error)
+        if not _close(value, plain, allowed):
+            return "its loss is another one when its blocks are run by themselves"
+        largest = max(float(g.norm()) for g in exact if g is not None)
+        for own, other in zip(gradients, exact, strict=True):
+            a, b = (torch.zeros(()) if g is None else g for g in (own, other))
+            if not float((a - b).norm()) <= allowed * max(float(b.norm()), 1e-3 * largest):
+                return "its gradient is another one when its blocks are run by themselves"
+        return None
+
+    with evaluating(model):
+        plain, exact = run((), StepPlan(all_control=True))
+        stacks = [replace(stack, first_row_only=False) for stack in stacks]
+        if (reason := same(stacks, first_row=False)) is not None:
+            raise UnknownBlock(reason)
+        for k, stack in enumerate(stacks):
+            trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
+            if same(trial, first_row=True) is None:
+                stacks = trial
+        try:
+            value, gradients = run(stacks, StepPlan(0.5, first_row=True))
+        except SpliceError as error:
+            raise UnknownBlock(str(error)) from error
+        if not _close(value, plain, allowed):
+            raise UnknownBlock("its loss is another one when only some examples have a graph: its blocks do not treat examples independently")
+        if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+            raise UnknownBlock("the predicted gradients of its blocks are not finite")
+    return tuple(stacks)
+
+
+def _close(value: Tensor, expected: Tensor, allowed: float) -> bool:
+    return bool((value - expected).abs() <= allowed * expected.abs().clamp(min=1e-3))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in evaluation mode: runs that are compared must not draw different dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def unrandom() -> Iterator[None]:
+    """A context with the same random numbers at every entry, which leaves all streams as they were."""
+    others = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(0)
+        if devices:
+            torch.cuda.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+
+
+def few_of(inputs: Any, count: int) -> Any:
+    """The first examples of a batch: of every tensor whose first dimension is that of the first tensor found.
+
+    Args:
+        inputs: A batch: a tensor, or nested mappings, tuples and lists of tensors and other values.
+        count: Examples wanted.
+    """
+    examples = examples_of(inputs)
+
+    def few(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:count] if value.dim() and len(value) == examples else value
+        if isinstance(value, Mapping):
+            return {name: few(item) for name, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(few(item) for item in value)
+        return value
+
+    return few(inputs)
+
+
+def tensors_of(inputs: Any) -> Iterator[Tensor]:
+    """The tensors of a batch."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, (Mapping, list, tuple)):
+        for item in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from tensors_of(item)
+
+
+def examples_of(inputs: Any) -> int:
+    """Number of examples of a batch: the first dimension of its first tensor; 0 if there is none."""
+    return next((len(t) for t in tensors_of(inputs) if t.dim()), 0)
+
+
+def entries_of(inputs: Any) -> int:
+    """Entries of a batch's largest tensor: the unit of work in which times of micro-batches are compared."""
+    return max((t.numel() for t in tensors_of(inputs)), default=1)

@@ -1,0 +1,137 @@
+"""The spliced trunk: unbiased, exact where it has to be, and measured."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from tiny_trunks import IMAGES, batch, gradient, taught, tiny
+from torch import nn
+
+from hf_lgp.control.plan import StepPlan
+from hf_lgp.linear import call
+from hf_lgp.linear.predictor import LinearPredictor
+from hf_lgp.linear.trunk import find_trunk, spliced_trunk
+from hf_lgp.rows.parts import UnknownBlock
+from hf_lgp.sealed import SpliceError
+
+
+def _distance(a, b):
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if y is not None]
+    return (sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs)).sqrt().item()
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_mean_over_every_draw_is_exact(family, monkeypatch):
+    model = tiny(family)
+    trunk = find_trunk(model)
+    predictor = taught(model, trunk)
+    assert predictor.ready
+    state, inputs = predictor.state_dict(), batch(5, 3)
+    exact, mean, seen = gradient(model, inputs), None, []
+    for chosen in combinations(range(5), 2):
+        order = torch.tensor([*chosen, *(i for i in range(5) if i not in chosen)])
+        monkeypatch.setattr(call, "draw_order", lambda *_, order=order: (order, order.argsort()))
+        predictor.load_state_dict(state)
+        with spliced_trunk(trunk, StepPlan(fraction=0.4), predictor):
+            drawn = gradient(model, inputs)
+        seen.append(drawn)
+        share = [None if g is None else g / 10 for g in drawn]
+        mean = share if mean is None else [None if a is None else a + b for a, b in zip(mean, share, strict=True)]
+    assert _distance(mean, exact) < 1e-10
+    # Without predictions every draw would be the scaled control gradient; with them it is another.
+    blank = LinearPredictor(trunk, dtype=torch.float64)
+    with spliced_trunk(trunk, StepPlan(fraction=0.4), blank):
+        plain = gradient(model, inputs)
+    assert _distance(seen[-1], plain) > 1e-3
+
+
+@pytest.mark.parametrize("family", IMAGES)
+@pytest.mark.parametrize("plan", [StepPlan(), StepPlan(measure=True), StepPlan(all_control=True)])
+def test_all_control_is_exact(family, plan):
+    model = tiny(family)
+    predictor, inputs = taught(model, find_trunk(model)), batch(9, 3)
+    plain = model(**inputs)
+    exact = gradient(model, inputs)
+    with spliced_trunk(find_trunk(model), plan, predictor):
+        out = model(**inputs)
+        assert type(out) is type(plain) and torch.allclose(out.loss, plain.loss)
+        assert _distance(gradient(model, inputs), exact) < 1e-10
+    assert "forward" not in find_trunk(model).__dict__
+
+
+def test_values_are_true_and_the_graph_is_that_of_the_controls():
+    model, inputs = tiny("bert"), {"input_ids": torch.randint(11, (6, 7)), "labels": torch.arange(6) % 3}
+    inputs["attention_mask"] = (torch.arange(7) < torch.tensor([7, 5, 6, 7, 4, 7])[:, None]).long()
+    plain, predictor = model(**inputs, output_hidden_states=True), LinearPredictor(find_trunk(model), dtype=torch.float64)
+    with spliced_trunk(find_trunk(model), StepPlan(fraction=0.5), predictor):
+        out = model(**inputs, output_hidden_states=True)
+        torch.testing.assert_close(out.logits, plain.logits)
+        torch.testing.assert_close(out.hidden_states, plain.hidden_states)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, plain.logits)
+        out.loss.backward()
+    assert model.bert.embeddings.word_embeddings.weight.grad.any()
+
+
+def test_measuring_finds_that_predictions_help():
+    model = tiny("vit")
+    trunk, found = find_trunk(model), []
+    predictor = taught(model, trunk, steps=50, window=256, rank=8, ridge=1e-3)
+    for step in range(4):
+        with spliced_trunk(trunk, StepPlan(fraction=0.5, measure=True, seed=step), predictor, found.append):
+            gradient(model, batch(32, 900 + step))
+    residual, total = (sum(getattr(f, name).sum().item() for f in found) for name in ("residual", "total"))
+    assert residual < 0.7 * total
+
+
+def test_measured_steps_are_unmeasured_ones():
+    model, inputs = tiny("vit"), batch(12, 3)
+    predictor = taught(model, find_trunk(model))
+    state, drawn = predictor.state_dict(), []
+    for measure in (False, True):
+        predictor.load_state_dict(state)
+        with spliced_trunk(find_trunk(model), StepPlan(fraction=0.75, measure=measure, seed=4), predictor):
+            drawn.append(gradient(model, inputs))
+    assert _distance(*drawn) < 1e-10
+
+
+def test_gradients_of_arguments_are_unbiased_too(monkeypatch):
+    model, inputs = tiny("vit"), batch(4, 3)
+    inputs["pixel_values"].requires_grad_()
+    exact = torch.autograd.grad(model(**inputs).loss, inputs["pixel_values"])[0]
+    mean = torch.zeros_like(exact)
+    predictor = taught(model, find_trunk(model))
+    for order in (torch.tensor([0, 1, 2, 3]), torch.tensor([3, 2, 1, 0])):
+        monkeypatch.setattr(call, "draw_order", lambda *_, order=order: (order, order.argsort()))
+        with spliced_trunk(find_trunk(model), StepPlan(fraction=0.5), predictor):
+            mean += torch.autograd.grad(model(**inputs).loss, inputs["pixel_values"])[0] / 2
+    torch.testing.assert_close(mean, exact)
+
+
+class _Odd(nn.Module):
+    base_model_prefix = "trunk"
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+
+def test_trunks_that_are_refused():
+    for trunk, reason in (
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "BatchNorm"),
+        (nn.Linear(2, 2).requires_grad_(False), "trained"),
+        (None, "base_model_prefix"),
+    ):
+        with pytest.raises(UnknownBlock, match=reason):
+            find_trunk(_Odd(trunk))
+    with pytest.raises(UnknownBlock, match="base_model_prefix"):
+        find_trunk(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("spoil", [lambda y: y.mean(), lambda y: y.sum(0), lambda y: {y}])
+def test_outputs_that_cannot_be_split(spoil):
+    trunk = nn.Linear(2, 3).double()
+    trunk.forward = lambda x: (spoil(nn.Linear.forward(trunk, x)),)
+    predictor = LinearPredictor(trunk, dtype=torch.float64)
+    with spliced_trunk(trunk, StepPlan(fraction=0.5), predictor), pytest.raises(SpliceError):
+        trunk(torch.randn(6, 2, dtype=torch.float64))
