@@ -68,7 +68,7 @@ def price(fraction: float, residual_share: float, cost: float) -> float:
         residual_share: ``sigma_e^2 / sigma^2``.
         cost: Time of a step with predictions over that of an exact one.
     """
-    return relative_variance(fraction, residual_share) * cost                                             # (3)
+    return relative_variance(fraction, residual_share) * cost  # (3)
 
 
 def best_fraction(costs: Mapping[float, float], residual_share: float, budget: float) -> float:
@@ -79,7 +79,9 @@ def best_fraction(costs: Mapping[float, float], residual_share: float, budget: f
         residual_share: ``sigma_e^2 / sigma^2``.
         budget: Largest relative variance allowed.
     """
-    allowed = {f: price(f, residual_share, c) for f, c in costs.items() if relative_variance(f, residual_share) <= budget}
+    allowed = {
+        f: price(f, residual_share, c) for f, c in costs.items() if relative_variance(f, residual_share) <= budget
+    }
     best = min(allowed, key=allowed.__getitem__, default=1.0)
     return best if allowed.get(best, 1.0) < 1.0 else 1.0
 

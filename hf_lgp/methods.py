@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan
-from .rows.parts import Intercept, UnknownBlock
+from .linear.predictor import LinearPredictor
+from .linear.trunk import find_trunk, spliced_trunk
+from .rows.parts import Intercept
 from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
 from .verify import evaluating, unrandom, verified
@@ -24,6 +26,10 @@ class Method(Protocol):
     @property
     def has_first_row(self) -> bool:
         """Whether some stack's last block can be run on the first row only."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it takes part in plain exact steps, too."""
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan."""
@@ -42,6 +48,8 @@ class RowWalk:
     stacks: tuple[Stack, ...]
     groups: int
     intercept: Intercept
+
+    learns = False
 
     @property
     def has_first_row(self) -> bool:
@@ -81,6 +89,47 @@ def row_walk(
     return RowWalk(verified(model, stacks, lambda: loss(count), groups, intercept, half), groups, intercept)
 
 
-def linear_predictor(model: nn.Module, settings: LGPSettings, device: torch.device) -> Method:
-    """The paper's predictor for a model."""
-    raise UnknownBlock("the linear predictor is being rebuilt")
+@dataclass(frozen=True)
+class LinearMethod:
+    """Gradients predicted by the paper's linear map, the model's trunk being spliced at its call."""
+
+    trunk: nn.Module
+    predictor: LinearPredictor
+
+    has_first_row = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it takes part in exact steps, too, to learn from them: until it can predict."""
+        return not self.predictor.ready
+
+    def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
+        """A context in which the model follows a plan, and the predictor learns."""
+        return spliced_trunk(self.trunk, plan, self.predictor, observed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Window, bases and fit."""
+        return self.predictor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.predictor.load_state_dict(dict(state))
+
+
+def linear_predictor(model: nn.Module, settings: LGPSettings, device: torch.device) -> LinearMethod:
+    """The paper's predictor for a model.
+
+    Args:
+        model: The model, unwrapped.
+        settings: The settings.
+        device: Where it is trained.
+
+    Raises:
+        UnknownBlock: If its gradients cannot be predicted that way; the message says why.
+    """
+    trunk, s = find_trunk(model), settings
+    dtype = torch.promote_types(torch.float32, next(trunk.parameters()).dtype)
+    predictor = LinearPredictor(
+        trunk, window=s.window, rank=s.rank, kernel=s.kernel, ridge=s.ridge, seed=s.seed, device=device, dtype=dtype
+    )
+    return LinearMethod(trunk, predictor)

@@ -19,8 +19,27 @@ class SpliceError(RuntimeError):
 
 _LOOKED_AT = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout", "grad_fn", "is_leaf", "is_sparse")
-} | {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.as_subclass, Tensor.get_device}
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "requires_grad",
+        "is_cuda",
+        "ndim",
+        "layout",
+        "grad_fn",
+        "is_leaf",
+        "is_sparse",
+    )
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+    Tensor.as_subclass,
+    Tensor.get_device,
+}
 """What does not read a value."""
 
 
@@ -39,7 +58,15 @@ class Sealed(Tensor):
         raise SpliceError(f"what its blocks hand to one another is read elsewhere, by `{_name(func)}`")
 
 
-_ROW_BY_ROW: set[Callable[..., Any]] = {F.layer_norm, F.dropout, F.linear, F.rms_norm, Tensor.to, Tensor.float, Tensor.type_as}
+_ROW_BY_ROW: set[Callable[..., Any]] = {
+    F.layer_norm,
+    F.dropout,
+    F.linear,
+    F.rms_norm,
+    Tensor.to,
+    Tensor.float,
+    Tensor.type_as,
+}
 """Functions of each row by itself."""
 
 

@@ -97,6 +97,10 @@ class Session:
         plan = self.controller.plan(self.rules, step, examples, accumulation)
         return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
 
+    def splices(self, plan: StepPlan) -> bool:
+        """Whether the model is run in another way than ``Trainer`` does."""
+        return self.method is not None and (self.method.learns or not plan.plain)
+
     @contextmanager
     def step(self, plan: StepPlan, examples: int, size: float) -> Iterator[None]:
         """A context for the forward and backward of one micro-batch; nothing is counted if it fails.
@@ -108,7 +112,7 @@ class Session:
         """
         spreads: list[GroupSpread] = []
         with ExitStack() as exits:
-            if self.method is not None and not plan.plain:
+            if self.method is not None and self.splices(plan):
                 exits.enter_context(self.method.splice(plan, spreads.append))
             began = mark(self.device)
             yield
@@ -182,7 +186,11 @@ class Session:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them."""
         controller = self.controller
-        numbers = {"controller": controller.state_dict(), "steps": self.steps, "pending": list(map(_entry_of, self._readings))}
+        numbers = {
+            "controller": controller.state_dict(),
+            "steps": self.steps,
+            "pending": list(map(_entry_of, self._readings)),
+        }
         return ({} if self.method is None else self.method.state_dict()), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -199,7 +207,13 @@ class Session:
 
 def _entry_of(reading: _Reading) -> dict[str, Any]:
     spreads = [[s.residual.tolist(), s.total.tolist()] for s in reading.spreads]
-    return {"key": key_of(reading.plan), "at": reading.at, "size": reading.size, "seconds": reading.lap.seconds(), "spreads": spreads}
+    return {
+        "key": key_of(reading.plan),
+        "at": reading.at,
+        "size": reading.size,
+        "seconds": reading.lap.seconds(),
+        "spreads": spreads,
+    }
 
 
 def _reading_of(entry: Mapping[str, Any], device: torch.device) -> _Reading:

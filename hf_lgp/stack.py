@@ -54,7 +54,9 @@ class Stack:
         return self.parts[:-1] if first_row and self.first_row_only else self.parts
 
 
-def find_stacks(model: nn.Module, run: Callable[[], Any], fewer: Callable[[], Any] | None, intercept: Intercept) -> tuple[Stack, ...]:
+def find_stacks(
+    model: nn.Module, run: Callable[[], Any], fewer: Callable[[], Any] | None, intercept: Intercept
+) -> tuple[Stack, ...]:
     """The stacks of blocks of a model.
 
     A stack is a list of modules of which each calls attention once.
@@ -101,7 +103,12 @@ def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Calla
     def note(sizes: dict[int | str, list[int]], forward: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
             for key, value in (*enumerate(args), *kwargs.items()):
-                map_tensors(lambda t, key=key: sizes.setdefault(key, []).append(len(t)) if isinstance(t, Tensor) and t.dim() else None, value)
+                map_tensors(
+                    lambda t, key=key: (
+                        sizes.setdefault(key, []).append(len(t)) if isinstance(t, Tensor) and t.dim() else None
+                    ),
+                    value,
+                )
             return forward(*args, **kwargs)
 
         return noted
@@ -116,13 +123,26 @@ def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Calla
 class _Call:
     """One call of a stack: what a backward needs belongs to it, never to the module."""
 
-    def __init__(self, stack: Stack, plan: StepPlan, groups: int, number: int, h0: Tensor, intercept: Intercept, observed: Observed) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        plan: StepPlan,
+        groups: int,
+        number: int,
+        h0: Tensor,
+        intercept: Intercept,
+        observed: Observed,
+    ) -> None:
         self.stack, self.plan, self.groups, self.intercept, self.observed = stack, plan, groups, intercept, observed
         self.first_row = plan.first_row and stack.first_row_only
         self.parts = stack.predicted_parts(plan.first_row)
         self.m, self.controls = len(h0), control_size(len(h0), plan.fraction)
         whole = self.controls == self.m
-        self.order, self.inverse = identity_order(self.m, h0.device) if whole else draw_order(self.m, private_seed(plan.seed, number), h0.device)
+        self.order, self.inverse = (
+            identity_order(self.m, h0.device)
+            if whole
+            else draw_order(self.m, private_seed(plan.seed, number), h0.device)
+        )
         self.h0, self.sealed = h0, Sealed.of(h0)
         device = h0.device.type
         self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -149,13 +169,17 @@ class _Call:
 
         return map_tensors(select, value)
 
-    def block(self, i: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def block(
+        self, i: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
         """Run all streams through block ``i``; what the block returned besides its rows."""
         args = tuple(self._ordered(key, value) for key, value in enumerate(args, start=1))
         kwargs = {key: self._ordered(key, value) for key, value in kwargs.items()}
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
         entered = [s.detach() for s in self.streams] + ([self.others] if len(self.others) else [])
-        notes = BlockNotes(torch.cat(entered) if len(entered) > 1 else entered[0], args, kwargs, batched, StreamNotes({}, {}))
+        notes = BlockNotes(
+            torch.cat(entered) if len(entered) > 1 else entered[0], args, kwargs, batched, StreamNotes({}, {})
+        )
         streams: list[StreamNotes] = []
 
         def run(stream: Tensor, part: slice, graph: bool) -> Tensor:
@@ -219,7 +243,9 @@ class _Call:
 
 
 @contextmanager
-def spliced(stacks: Sequence[Stack], plan: StepPlan, groups: int, intercept: Intercept, observed: Observed = lambda _: None) -> Iterator[None]:
+def spliced(
+    stacks: Sequence[Stack], plan: StepPlan, groups: int, intercept: Intercept, observed: Observed = lambda _: None
+) -> Iterator[None]:
     """A context in which a model's stacks follow a plan.
 
     Args:
@@ -238,9 +264,16 @@ def spliced(stacks: Sequence[Stack], plan: StepPlan, groups: int, intercept: Int
     with ExitStack() as exits:
         calls = iter(range(10**9))
         for stack in stacks:
-            runs = _Runs(stack, lambda stack, h0: _Call(stack, plan, groups, next(calls), h0, intercept, observed), plan, intercept)
+            runs = _Runs(
+                stack,
+                lambda stack, h0: _Call(stack, plan, groups, next(calls), h0, intercept, observed),
+                plan,
+                intercept,
+            )
             exits.enter_context(
-                forward_replaced(*((p.block, partial(runs.block, i, p.block.forward)) for i, p in enumerate(stack.parts)))
+                forward_replaced(
+                    *((p.block, partial(runs.block, i, p.block.forward)) for i, p in enumerate(stack.parts))
+                )
             )
         yield
 
@@ -248,7 +281,9 @@ def spliced(stacks: Sequence[Stack], plan: StepPlan, groups: int, intercept: Int
 class _Runs:
     """Tells one call of a stack from the next."""
 
-    def __init__(self, stack: Stack, begin: Callable[[Stack, Tensor], _Call], plan: StepPlan, intercept: Intercept) -> None:
+    def __init__(
+        self, stack: Stack, begin: Callable[[Stack, Tensor], _Call], plan: StepPlan, intercept: Intercept
+    ) -> None:
         self.stack, self.begin, self.plan, self.intercept = stack, begin, plan, intercept
         self.first_row = plan.first_row and stack.first_row_only
         self.predicted = len(stack.predicted_parts(plan.first_row)) if plan.splits else 0
@@ -263,10 +298,16 @@ class _Runs:
             return forward(hidden, *args, **kwargs)
         if i < self.predicted:
             if i == 0:
-                self._check(isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed), "its blocks do not take rows")
+                self._check(
+                    isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed),
+                    "its blocks do not take rows",
+                )
                 self.call = self.begin(self.stack, hidden)
             call = self.call
-            self._check(call is not None and (i == 0 or hidden is call.sealed) and len(call.notes) == i, "its blocks do not run one after the other, each once")
+            self._check(
+                call is not None and (i == 0 or hidden is call.sealed) and len(call.notes) == i,
+                "its blocks do not run one after the other, each once",
+            )
             rest = call.block(i, forward, args, kwargs)
             self.call = None if i + 1 == self.predicted else call
             out = call.sealed if self.call is not None else call.finish()

@@ -111,7 +111,11 @@ class LGPTrainer(Trainer):
             self._lgp_begin(session, batch, num_items_in_batch)
         plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps)
         # Compiled code would not see the splice.
-        eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile and not plan.plain else nullcontext()
+        eager = (
+            torch.compiler.set_stance("force_eager")
+            if self.args.torch_compile and session.splices(plan)
+            else nullcontext()
+        )
         try:
             with eager, session.step(plan, examples, size):
                 loss = super().training_step(model, batch, num_items_in_batch)

@@ -26,7 +26,12 @@ _WIDE, _HALF = 1e-3, 5e-2
 
 
 def verified(
-    model: nn.Module, stacks: Sequence[Stack], loss: Callable[[], Tensor], groups: int, intercept: Intercept, half: bool = False
+    model: nn.Module,
+    stacks: Sequence[Stack],
+    loss: Callable[[], Tensor],
+    groups: int,
+    intercept: Intercept,
+    half: bool = False,
 ) -> tuple[Stack, ...]:
     """The stacks, each with what was learnt of whether only the first row of its output is read.
 
@@ -78,7 +83,9 @@ def verified(
         except SpliceError as error:
             raise UnknownBlock(str(error)) from error
         if not _close(value, plain, allowed):
-            raise UnknownBlock("its loss is another one when only some examples have a graph: its blocks do not treat examples independently")
+            raise UnknownBlock(
+                "its loss is another one when only some examples have a graph: its blocks do not treat examples independently"
+            )
         if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
     return tuple(stacks)

@@ -189,8 +189,10 @@ class Controller:
         if rules.first_row and self.seen < 2 * PERIOD:  # in turns, to compare their times
             return StepPlan(first_row=self.seen % 2 == 1)
         soon = (rules.exact_steps - step) * accumulation <= _MEASUREMENTS + 2 and self.seen >= PERIOD
-        looks = self.measurements < _MEASUREMENTS and not self._hopeless or self.measurements == 0
-        if measurable and ((soon and looks and self.look_at == 0) or 0 <= self.seen - (self.look_at or math.inf) < _LOOKS):
+        looks = (self.measurements < _MEASUREMENTS and not self._hopeless) or self.measurements == 0
+        if measurable and (
+            (soon and looks and self.look_at == 0) or 0 <= self.seen - (self.look_at or math.inf) < _LOOKS
+        ):
             return StepPlan(1.0, True, rules.first_row)
         return self.exact_plan
 
@@ -262,7 +264,14 @@ class Controller:
         if not given_up and self.look_after >= 8 * _FIRST_LOOK:
             times = {key: value for key, value in times.items() if not key.startswith("0")}
         changed_at = self.seen if given_up else self.changed_at
-        return replace(self, fraction=1.0, changed_at=changed_at, look_at=self.seen + wait, look_after=min(_LAST_LOOK, 2 * self.look_after), times=times)
+        return replace(
+            self,
+            fraction=1.0,
+            changed_at=changed_at,
+            look_at=self.seen + wait,
+            look_after=min(_LAST_LOOK, 2 * self.look_after),
+            times=times,
+        )
 
     def accounted(self, plan: StepPlan, unit: float, size: float) -> Controller:
         """With what a micro-batch saved against a plain one."""

@@ -97,26 +97,25 @@ def find_layers(trunk: nn.Module) -> tuple[Layer, ...]:
 
 
 def _layer(module: nn.Module) -> Layer | None:
-    weight = getattr(module, "weight", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return None
-    bias = getattr(module, "bias", None)
     parameters = (weight, bias) if isinstance(bias, nn.Parameter) and bias.requires_grad else (weight,)
     if isinstance(module, nn.LayerNorm):
         return Layer(module, parameters, len(parameters), weight.numel()) if weight.dim() == 1 else None
     if type(module) is nn.Conv2d:
-        if module.padding_mode != "zeros" or isinstance(module.padding, str) or not (module.groups == 1 or _depthwise(module)):
+        plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        depthwise = module.groups == module.in_channels == module.out_channels
+        if not plain or not (module.groups == 1 or depthwise):
             return None
     elif type(module) is not nn.Linear:
         return None
     return Layer(module, parameters, len(weight), weight[0].numel() + len(parameters) - 1)
 
 
-def _depthwise(module: nn.Conv2d) -> bool:
-    return module.groups == module.in_channels == module.out_channels
-
-
-def factors_of(layer: Layer, inputs: Tensor, delta: Tensor, examples: int, count: int, dtype: torch.dtype) -> Factors | None:
+def factors_of(
+    layer: Layer, inputs: Tensor, delta: Tensor, examples: int, count: int, dtype: torch.dtype
+) -> Factors | None:
     """Gradients of the first examples in one call of a layer.
 
     Args:
@@ -141,7 +140,7 @@ def factors_of(layer: Layer, inputs: Tensor, delta: Tensor, examples: int, count
         sums = [_by_example(t, count).sum(1) for t in (products, delta)]
         return Factors(None, torch.stack(sums[: layer.rows], dim=1))
     if isinstance(module, nn.Conv2d):
-        if _depthwise(module):
+        if module.groups > 1:  # depthwise
             gradient = _depthwise_gradient(module, inputs, delta).flatten(2)
             return Factors(None, _with_column(gradient, delta.sum((2, 3))[..., None], layer))
         windows = {name: getattr(module, name) for name in ("kernel_size", "dilation", "padding", "stride")}
@@ -168,7 +167,9 @@ def _depthwise_gradient(module: nn.Conv2d, inputs: Tensor, delta: Tensor) -> Ten
 
 
 @contextmanager
-def recorded(layers: Sequence[Layer], examples: int, count: int, dtype: torch.dtype, arrived: Callable[[int, Factors], None]) -> Iterator[None]:
+def recorded(
+    layers: Sequence[Layer], examples: int, count: int, dtype: torch.dtype, arrived: Callable[[int, Factors], None]
+) -> Iterator[None]:
     """A context for a forward whose backward will tell the gradients of its first examples.
 
     Args:

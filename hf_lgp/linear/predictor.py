@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .window import Window
 FEWEST = 128
 """Examples that the window must hold before anything is predicted."""
 
+# Micro-batches: between fits; between moves of the bases; at first, when they move every time; that leave nothing in the window. Then examples.
 _REFIT, _MOVE, _SETTLE, _BLIND, _BASIS_EXAMPLES = 16, 16, 8, 4, 16
 _SIDE = ("basis", "moment")
 _FIT = ("features", "pulled", "dual", "centre", "scale")
@@ -32,7 +34,7 @@ class Observation:
     def __init__(self, predictor: LinearPredictor, examples: int) -> None:
         self._predictor = predictor
         self.coordinates = torch.zeros(examples, predictor.size, device=predictor.device, dtype=predictor.dtype)
-        self.products: dict[int, tuple[Tensor, Tensor]] = {}
+        self.products: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def arrived(self, position: int, gradients: Factors) -> None:
         """Add the gradients of one call of a layer; a layer that is called twice has their sum."""
@@ -40,8 +42,7 @@ class Observation:
         self.coordinates[:, self._predictor.columns[position]] += basis.project(gradients)
         if self._predictor.moves_bases and len(gradients.right) > 1:
             products = gradients.take(_BASIS_EXAMPLES).moment_products(basis.left.basis, basis.right.basis)
-            before = self.products.get(position)
-            self.products[position] = products if before is None else (before[0] + products[0], before[1] + products[1])
+            self.products.setdefault(position, []).append(products)
 
 
 class LinearPredictor:
@@ -91,11 +92,8 @@ class LinearPredictor:
         self.device = torch.device(device) if device is not None else self.parameters[0].device
         generator, like = torch.Generator().manual_seed(seed), torch.empty(0, device=self.device, dtype=dtype)
         self.bases: list[Basis] = [initial(layer.rows, layer.cols, rank, generator, like) for layer in self.layers]
-        self.columns: list[slice] = []
-        self.size = 0
-        for basis in self.bases:
-            self.columns.append(slice(self.size, self.size + basis.size))
-            self.size += basis.size
+        offsets = [0, *accumulate(basis.size for basis in self.bases)]
+        self.columns, self.size = [slice(*ends) for ends in pairwise(offsets)], offsets[-1]
         self._seen, self._since_fit = 0, 0
         self._fit: Fit | None = None
         places = {id(p): k for k, p in enumerate(self.parameters)}
@@ -140,15 +138,14 @@ class LinearPredictor:
             pulled: ``h``, shape ``(b, D)``, in any unit.
             observations: What was observed of the same examples, in their order and in the same unit.
         """
-        coordinates = torch.cat([observation.coordinates for observation in observations])
+        coordinates = torch.cat([o.coordinates for o in observations])
         if self._seen >= _BLIND and self.window.fits(features):
             # The loss may be scaled otherwise in the next micro-batch: only the ratio of coordinates and h means anything.
             unit = pulled.norm(dim=1).mean().clamp(min=torch.finfo(self.dtype).tiny)
             self.window.add(features.to(self.dtype), (pulled / unit).to(self.dtype), coordinates / unit)
         if self.moves_bases:
             self._move_bases(observations)
-        self._seen += 1
-        self._since_fit += 1
+        self._seen, self._since_fit = self._seen + 1, self._since_fit + 1
         enough = self.window.filled >= min(FEWEST, self.window.size)
         if enough and (self._fit is None or self._since_fit >= _REFIT):
             held, held_pulled, targets = self.window.content
@@ -160,11 +157,10 @@ class LinearPredictor:
         if self._fit is not None:
             self._fit = replace(self._fit, dual=self._fit.dual.clone())
             stored.append(self._fit.dual)
-        for k, columns in enumerate(self.columns):
-            told = [o.products[k] for o in observations if k in o.products]
+        for k, (old, columns) in enumerate(zip(list(self.bases), self.columns, strict=True)):
+            told = [products for o in observations for products in o.products.get(k, [])]
             if not told:
                 continue
-            old = self.bases[k]
             left, right = (torch.stack(side).sum(0) for side in zip(*told, strict=True))
             self.bases[k], *turns = moved(old, (left, right))
             for buffer in stored:
@@ -175,9 +171,8 @@ class LinearPredictor:
         state = {"counters": torch.tensor([self._seen, self._since_fit])}
         state.update({f"window.{name}": value for name, value in self.window.state_dict().items()})
         for k, basis in enumerate(self.bases):
-            for side in ("left", "right"):
-                for name in _SIDE:
-                    state[f"bases.{k}.{side}.{name}"] = getattr(getattr(basis, side), name).clone()
+            for place, side in (("left", basis.left), ("right", basis.right)):
+                state.update({f"bases.{k}.{place}.{name}": getattr(side, name).clone() for name in _SIDE})
         if self._fit is not None:
             state.update({f"fit.{name}": getattr(self._fit, name).clone() for name in _FIT})
         return state
@@ -191,13 +186,15 @@ class LinearPredictor:
         own = {name: value.shape for name, value in self.state_dict().items() if name.startswith("bases.")}
         if own != {name: value.shape for name, value in state.items() if name.startswith("bases.")}:
             raise ValueError("The stored bases belong to another trunk or rank.")
-        like = torch.empty(0, device=self.device, dtype=self.dtype)
+        like = self.bases[0].left.basis
         held = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
         self.window.load_state_dict(held, like)
         self._seen, self._since_fit = state["counters"].tolist()
-        for k in range(len(self.bases)):
-            sides = [Side(*(state[f"bases.{k}.{side}.{name}"].to(like, copy=True) for name in _SIDE)) for side in ("left", "right")]
-            self.bases[k] = Basis(*sides)
+
+        def restored(side: str) -> Side:
+            return Side(*(state[f"bases.{side}.{name}"].to(like, copy=True) for name in _SIDE))
+
+        self.bases = [Basis(restored(f"{k}.left"), restored(f"{k}.right")) for k in range(len(self.bases))]
         self._fit = None
         if "fit.dual" in state:
             self._fit = Fit(self.kernel, *(state[f"fit.{name}"].to(like, copy=True) for name in _FIT))

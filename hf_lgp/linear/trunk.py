@@ -32,12 +32,16 @@ def find_trunk(model: nn.Module) -> nn.Module:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trunk.modules()):
         raise UnknownBlock("a BatchNorm in its trunk couples the examples of a batch")
     if not find_layers(trunk):
-        raise UnknownBlock("no linear layer, layer norm or convolution of its trunk is trained, so there is no gradient to predict")
+        raise UnknownBlock(
+            "no linear layer, layer norm or convolution of its trunk is trained, so there is no gradient to predict"
+        )
     return trunk
 
 
 @contextmanager
-def spliced_trunk(trunk: nn.Module, plan: StepPlan, predictor: LinearPredictor, observed: Observed = lambda _: None) -> Iterator[None]:
+def spliced_trunk(
+    trunk: nn.Module, plan: StepPlan, predictor: LinearPredictor, observed: Observed = lambda _: None
+) -> Iterator[None]:
     """A context in which a trunk follows a plan, forward and backward; the predictor learns from every backward.
 
     A call without gradients is left as it is.

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from .._version import __version__
+from ..settings import LGPSettings
 from .citations import BIBTEX
 from .figure import series
-from ..settings import LGPSettings
 
 MOST_PHASES = 6
 """Rows of the table at most: shorter phases are merged into their neighbours."""

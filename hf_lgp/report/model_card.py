@@ -13,9 +13,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..settings import LGPSettings
 from .card_section import section
 from .figure import FIGURE_NAME
-from ..settings import LGPSettings
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,14 @@ class AttentionFunction(Protocol):
     """
 
     def __call__(  # noqa: D102
-        self, plain: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        self,
+        plain: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
     ) -> Any: ...
 
 
@@ -107,7 +114,15 @@ def find_parts(blocks: Sequence[nn.Module], run: Callable[[], Any], intercept: I
     made: dict[nn.Module, Any] = {}
     spots: dict[nn.Module, _Spot] = {}
 
-    def note(plain: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def note(
+        plain: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         spots[module] = _Spot(module, query, key, value)
         return plain(module, query, key, value, *args, **kwargs)
 
@@ -157,7 +172,9 @@ def _parts_of(
     return BlockParts(block, spot.module, front, key if folds else None, value if folds else None, norms, dropouts)
 
 
-def _layer_of(heads: Tensor, x: Tensor, spot: _Spot, entered: dict[nn.Module, Any], made: dict[nn.Module, Any]) -> nn.Linear | None:
+def _layer_of(
+    heads: Tensor, x: Tensor, spot: _Spot, entered: dict[nn.Module, Any], made: dict[nn.Module, Any]
+) -> nn.Linear | None:
     """The linear layer whose output, split into as many heads as there are queries, these are; None if there is none."""
     m, count, t, d = heads.shape
     if count != spot.query.shape[1]:

@@ -96,7 +96,15 @@ def run_rows(
         replaced.append((dropout, _dropout_of_rows(dropout, notes.stream.kept.get(dropout, ()))))
     found: list[Tensor] = []
 
-    def attend(plain: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def attend(
+        plain: Any,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         scale = kwargs.get("scaling")
         q = query * (query.shape[-1] ** -0.5 if scale is None else scale)
         if parts.key is None and not found:
@@ -120,7 +128,9 @@ def run_rows(
         plain_forward = parts.attention.forward
 
         def attention_forward(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-            of_all = [(d, d.__class__.forward.__get__(d) if weights is None else lambda rows: rows) for d in parts.dropouts]
+            of_all = [
+                (d, d.__class__.forward.__get__(d) if weights is None else lambda rows: rows) for d in parts.dropouts
+            ]
             with forward_replaced(*of_all), suppress(_Read):
                 plain_forward(x, *args, **kwargs)  # makes keys and values of all rows in its own way
             return plain_forward(first, *args, **kwargs)
@@ -130,7 +140,9 @@ def run_rows(
         for layer in (parts.key, parts.value):  # the followed rows need none of their own
             replaced.append((layer, lambda first, n=layer.out_features: nothing.expand(*first.shape[:-1], n)))
     with forward_replaced(*replaced), _without_checkpoint(parts.block), intercept(attend):
-        return type(parts.block).forward(parts.block, rows, *notes.args, **notes.kwargs)  # not one that was put in its place
+        return type(parts.block).forward(
+            parts.block, rows, *notes.args, **notes.kwargs
+        )  # not one that was put in its place
 
 
 def _kept(like: Tensor, shape: Sequence[int], p: float) -> Tensor | None:
@@ -176,7 +188,9 @@ def _dropout_of_rows(dropout: nn.Dropout, kept: Sequence[Tensor]) -> Callable[[T
     return forward
 
 
-def first_row_of_block(parts: BlockParts, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], intercept: Intercept) -> Any:
+def first_row_of_block(
+    parts: BlockParts, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], intercept: Intercept
+) -> Any:
     """A block's output for the first row of every example, exact, with a graph.
 
     Args:
@@ -257,7 +271,12 @@ def walk(
 
 
 def _walk_block(
-    parts: BlockParts, notes: BlockNotes, weights: Tensor, arriving: Tensor, parameters: Sequence[nn.Parameter], intercept: Intercept
+    parts: BlockParts,
+    notes: BlockNotes,
+    weights: Tensor,
+    arriving: Tensor,
+    parameters: Sequence[nn.Parameter],
+    intercept: Intercept,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
     """Gradients of the followed rows ``(m, S, D)``, of all rows as attention reads them ``(m, T, D)``, and of parameters."""
     hidden = notes.hidden.detach().requires_grad_()
@@ -268,7 +287,9 @@ def _walk_block(
         normal = None if parts.front is None else turned.to(x.dtype) @ x
         out = run_rows(parts, notes, x, rows, normal, weights, intercept)
         out = out[0] if isinstance(out, tuple) else out
-    of_rows, of_hidden, *own = torch.autograd.grad(out, [rows, hidden, *parameters], arriving.to(out.dtype), allow_unused=True)
+    of_rows, of_hidden, *own = torch.autograd.grad(
+        out, [rows, hidden, *parameters], arriving.to(out.dtype), allow_unused=True
+    )
     return of_rows, of_hidden, own
 
 

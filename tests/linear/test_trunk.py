@@ -62,7 +62,10 @@ def test_all_control_is_exact(family, plan):
 def test_values_are_true_and_the_graph_is_that_of_the_controls():
     model, inputs = tiny("bert"), {"input_ids": torch.randint(11, (6, 7)), "labels": torch.arange(6) % 3}
     inputs["attention_mask"] = (torch.arange(7) < torch.tensor([7, 5, 6, 7, 4, 7])[:, None]).long()
-    plain, predictor = model(**inputs, output_hidden_states=True), LinearPredictor(find_trunk(model), dtype=torch.float64)
+    plain, predictor = (
+        model(**inputs, output_hidden_states=True),
+        LinearPredictor(find_trunk(model), dtype=torch.float64),
+    )
     with spliced_trunk(find_trunk(model), StepPlan(fraction=0.5), predictor):
         out = model(**inputs, output_hidden_states=True)
         torch.testing.assert_close(out.logits, plain.logits)
@@ -130,8 +133,17 @@ def test_trunks_that_are_refused():
 
 @pytest.mark.parametrize("spoil", [lambda y: y.mean(), lambda y: y.sum(0), lambda y: {y}])
 def test_outputs_that_cannot_be_split(spoil):
-    trunk = nn.Linear(2, 3).double()
+    trunk = nn.Linear(2, 4).double()
     trunk.forward = lambda x: (spoil(nn.Linear.forward(trunk, x)),)
     predictor = LinearPredictor(trunk, dtype=torch.float64)
     with spliced_trunk(trunk, StepPlan(fraction=0.5), predictor), pytest.raises(SpliceError):
         trunk(torch.randn(6, 2, dtype=torch.float64))
+
+
+def test_two_calls_of_a_trunk_in_one_step():
+    model, inputs, other = tiny("vit"), batch(6, 3), batch(6, 4)
+    predictor = taught(model, find_trunk(model))
+    exact = [a + b for a, b in zip(gradient(model, inputs), gradient(model, other), strict=True)]
+    with spliced_trunk(find_trunk(model), StepPlan(measure=True), predictor):
+        both = model(**inputs).loss + model(**other).loss
+        assert _distance(torch.autograd.grad(both, list(model.parameters())), exact) < 1e-10

@@ -39,10 +39,26 @@ def _config(family: str) -> Any:
     if family == "beit":
         return BeitConfig(**_BLOCKS, use_mean_pooling=True, layer_scale_init_value=0.5)
     if family == "convnext":
-        return ConvNextConfig(num_channels=1, patch_size=2, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, num_labels=3)
+        return ConvNextConfig(
+            num_channels=1, patch_size=2, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, num_labels=3
+        )
     if family == "bert":
-        return BertConfig(**_without("image_size", "patch_size", "num_channels", "drop_path_rate"), vocab_size=11, max_position_embeddings=12)
-    return SwinConfig(image_size=8, patch_size=2, num_channels=1, embed_dim=8, window_size=2, depths=[1, 1], num_heads=[2, 2], drop_path_rate=0.0, num_labels=3)
+        return BertConfig(
+            **_without("image_size", "patch_size", "num_channels", "drop_path_rate"),
+            vocab_size=11,
+            max_position_embeddings=12,
+        )
+    return SwinConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        embed_dim=8,
+        window_size=2,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        drop_path_rate=0.0,
+        num_labels=3,
+    )
 
 
 _KINDS = {
