@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .call import HowToWalk
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan
 from .linear.predictor import LinearPredictor
@@ -46,8 +47,7 @@ class RowWalk:
     """Gradients predicted by the walk through verified stacks."""
 
     stacks: tuple[Stack, ...]
-    groups: int
-    intercept: Intercept
+    how: HowToWalk
 
     learns = False
 
@@ -58,7 +58,7 @@ class RowWalk:
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan."""
-        return spliced(self.stacks, plan, self.groups, self.intercept, observed)
+        return spliced(self.stacks, plan, self.how, observed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing: the walk learns nothing."""
@@ -86,7 +86,8 @@ def row_walk(
     """
     with evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
-    return RowWalk(verified(model, stacks, lambda: loss(count), groups, intercept, half), groups, intercept)
+    how = HowToWalk(groups, intercept)
+    return RowWalk(verified(model, stacks, lambda: loss(count), how, half), how)
 
 
 @dataclass(frozen=True)

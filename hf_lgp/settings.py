@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 PREDICTORS = ("auto", "rows", "linear")
 
-KERNELS = ("linear", "rbf")
+Kernel = Literal["linear", "rbf"]
+
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 _EXACT_SHARE = 10
 """A run begins with exact steps: one in so many of its optimizer steps, ..."""
@@ -47,7 +50,7 @@ class LGPSettings:
     seed: int = 0
     window: int = 2048
     rank: int = 16
-    kernel: str = "rbf"
+    kernel: Kernel = "rbf"
     ridge: float = 0.03
 
     def __post_init__(self) -> None:

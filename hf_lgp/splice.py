@@ -39,10 +39,24 @@ class Predicted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        of_h0, of_parameters = ctx.predict(delta)
+        of_h0, of_parameters = _finite_or_none_at_all(*ctx.predict(delta))
         if of_h0 is not None:
             of_h0 = of_h0.index_select(0, ctx.inverse)
         return of_h0, None, None, *of_parameters
+
+
+def _finite_or_none_at_all(
+    of_h0: Tensor | None, of_parameters: Sequence[Tensor | None]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The predictions, or zeros for all where one is not finite: control examples have their exact gradients. Nothing waits for the device."""
+    there = [g for g in (of_h0, *of_parameters) if g is not None]
+    finite = (
+        torch.stack(torch._foreach_norm(there, dtype=torch.promote_types(there[0].dtype, torch.float32)))
+        .isfinite()
+        .all()
+    )
+    of_h0, *of_parameters = (None if g is None else g.where(finite, 0.0) for g in (of_h0, *of_parameters))
+    return of_h0, of_parameters
 
 
 class Combine(torch.autograd.Function):

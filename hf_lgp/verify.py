@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .call import HowToWalk
 from .control.plan import StepPlan
-from .rows.parts import Intercept, UnknownBlock
+from .rows.parts import UnknownBlock
 from .sealed import SpliceError
 from .stack import Stack, spliced
 
@@ -29,8 +30,7 @@ def verified(
     model: nn.Module,
     stacks: Sequence[Stack],
     loss: Callable[[], Tensor],
-    groups: int,
-    intercept: Intercept,
+    how: HowToWalk,
     half: bool = False,
 ) -> tuple[Stack, ...]:
     """The stacks, each with what was learnt of whether only the first row of its output is read.
@@ -39,8 +39,7 @@ def verified(
         model: The model, unwrapped.
         stacks: Its stacks.
         loss: The loss of a few examples, two at least, as in training.
-        groups: ``K`` of the walk.
-        intercept: Gives a context in which attention goes to another function.
+        how: How to walk.
         half: Whether the model computes in half precision.
 
     Raises:
@@ -50,7 +49,7 @@ def verified(
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run(stacks: Sequence[Stack], plan: StepPlan) -> tuple[Tensor, list[Tensor | None]]:
-        with unrandom(), spliced(stacks, plan, groups, intercept):
+        with unrandom(), spliced(stacks, plan, how):
             value = loss()
             return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
 

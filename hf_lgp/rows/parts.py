@@ -18,7 +18,7 @@ class AttentionFunction(Protocol):
     function that the model would have called.
     """
 
-    def __call__(  # noqa: D102
+    def __call__(
         self,
         plain: Callable[..., Any],
         module: nn.Module,

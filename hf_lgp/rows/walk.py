@@ -137,8 +137,9 @@ def run_rows(
 
         replaced.append((parts.attention, attention_forward))
     else:
-        for layer in (parts.key, parts.value):  # the followed rows need none of their own
-            replaced.append((layer, lambda first, n=layer.out_features: nothing.expand(*first.shape[:-1], n)))
+        # The followed rows need no keys and values of their own.
+        unmade = lambda layer: lambda first: nothing.expand(*first.shape[:-1], layer.out_features)  # noqa: E731
+        replaced += [(layer, unmade(layer)) for layer in (parts.key, parts.value) if layer is not None]
     with forward_replaced(*replaced), _without_checkpoint(parts.block), intercept(attend):
         return type(parts.block).forward(
             parts.block, rows, *notes.args, **notes.kwargs
