@@ -21,7 +21,7 @@ class FoldedAttention(torch.autograd.Function):
 
     Forward takes ``q (m, S, H, d)``, already scaled, ``key (H, d, D)``, ``value (H, d, D)``, ``value_bias (H, 1, d)`` or None,
     ``x (m, T, D)``, ``bias`` that broadcasts to ``(m, S, H, T)`` or None, what dropout leaves of the probabilities, ``kept (m, S, H, T)``,
-    or None, all of one dtype, and gives ``(m, S, H, d)``. Softmax is taken in float32 at least. What a row ``x_t`` receives as key and as value, ``sum_s ds_{s,t} (W_k^T q_s) + p_{s,t} (W_v^T do_s)``, is accumulated by two products.
+    or None, and the key layer's bias or None, which changes nothing and gets zeros as its gradient (a parameter without one would be taken for unused); all of one dtype, and gives ``(m, S, H, d)``. Softmax is taken in float32 at least. What a row ``x_t`` receives as key and as value, ``sum_s ds_{s,t} (W_k^T q_s) + p_{s,t} (W_v^T do_s)``, is accumulated by two products.
     """
 
     @staticmethod
@@ -34,6 +34,7 @@ class FoldedAttention(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         kept: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         m, s, heads, _ = q.shape
         with torch.autocast(q.device.type, enabled=False):
@@ -47,6 +48,7 @@ class FoldedAttention(torch.autograd.Function):
             pooled = (used @ x).view(m, s, heads, -1)
             out = _by_head(pooled, value.mT, value_bias)
         ctx.save_for_backward(q, key, value, x, turned, folded, p, used, kept, pooled)
+        ctx.key_bias = None if key_bias is None else key_bias.shape
         ctx.has_value_bias, ctx.bias_shape = value_bias is not None, None if bias is None else bias.shape
         return out
 
@@ -74,6 +76,7 @@ class FoldedAttention(torch.autograd.Function):
             d_x,
             d_bias,
             None,
+            None if ctx.key_bias is None else grad.new_zeros(ctx.key_bias),
         )
 
 

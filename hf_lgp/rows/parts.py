@@ -123,12 +123,12 @@ def find_parts(blocks: Sequence[nn.Module], run: Callable[[], Any], intercept: I
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        spots[module] = _Spot(module, query, key, value)
+        spots.setdefault(module, _Spot(module, query, key, value))  # the first of several calls, as all here
         return plain(module, query, key, value, *args, **kwargs)
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in inside:
-            entered[module] = args[0] if args else kwargs.get("hidden_states")
+            entered.setdefault(module, args[0] if args else kwargs.get("hidden_states"))
 
     def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if module in inside:

@@ -122,7 +122,9 @@ def run_rows(
         k, v = (layer.weight.to(q.dtype).view(q.shape[1], q.shape[3], -1) for layer in (parts.key, parts.value))
         b = None if parts.value.bias is None else parts.value.bias.to(q.dtype).view(q.shape[1], 1, -1)
         bias = None if bias is None else bias.transpose(1, 2)
-        return FoldedAttention.apply(q.transpose(1, 2).contiguous(), k, v, b, x.to(q.dtype), bias, kept), None
+        return FoldedAttention.apply(
+            q.transpose(1, 2).contiguous(), k, v, b, x.to(q.dtype), bias, kept, parts.key.bias
+        ), None
 
     if parts.key is None:
         plain_forward = parts.attention.forward

@@ -1,0 +1,98 @@
+"""The walk is exact where every row is followed by itself, and linear in what it starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, EXAMPLES, inputs_of, model_of
+from torch import Tensor
+
+import hf_lgp.rows.walk
+from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.call import Call, HowToWalk
+from hf_lgp.control.plan import StepPlan
+from hf_lgp.rows.walk import walk
+from hf_lgp.stack import Stack, find_stacks, spliced
+
+
+def noted(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Stack, Call, Tensor]:
+    """A stack, what a call of it noted, and its output."""
+    inputs, made = inputs_of(name), []
+    stack = find_stacks(model, lambda: model(**inputs), None, intercepted_attention)[-1]
+    finish = Call.finish
+
+    def kept(self: Call) -> Tensor:
+        made.append((self, finish(self)))
+        return made[-1][1]
+
+    monkeypatch.setattr(Call, "finish", kept)
+    with spliced([stack], StepPlan(all_control=True), HowToWalk(2, intercepted_attention)):
+        model(**inputs)
+    return stack, *made[-1]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_every_row_followed_the_walk_is_the_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "lora" in name:
+        pytest.importorskip("peft")
+    stack, call, out = noted(name, model_of(name).eval(), monkeypatch)
+    delta, rows = torch.randn_like(out), out.shape[1]
+    each = torch.eye(rows, dtype=out.dtype).expand(EXAMPLES, rows, rows)
+    monkeypatch.setattr(hf_lgp.rows.walk, "group_rows", lambda hidden, groups: each)
+    needs_input = call.h0.requires_grad
+    expected = torch.autograd.grad(out, [call.h0] * needs_input + call.parameters, delta, allow_unused=True)
+    of_input, found = walk(
+        stack.parts, call.notes, delta, call.parameters, rows - 1, needs_input, intercepted_attention
+    )
+    largest = max(float(g.norm()) for g in expected if g is not None)
+    for one, other in zip([of_input] * needs_input + found, expected, strict=True):
+        a, b = (torch.zeros(1) if g is None else g for g in (one, other))
+        assert float((a - b).norm()) <= 1e-9 * max(float(b.norm()), 1e-3 * largest)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_the_walk_treats_examples_by_themselves_and_is_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, call, out = noted(name, model_of(name).eval(), monkeypatch)
+    delta, weights = torch.randn_like(out), torch.tensor([1.0, -3.0, 0.5, 2.0], dtype=out.dtype)
+
+    def predicted(notes: Any, delta: Tensor) -> list[Tensor]:
+        found = walk(stack.parts, notes, delta, call.parameters, 2, True, intercepted_attention)[1]
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, call.parameters, strict=True)]
+
+    together = predicted(call.notes, delta * weights[:, None, None])
+    alone = [predicted([n.take(slice(i, i + 1)) for n in call.notes], delta[i : i + 1]) for i in range(EXAMPLES)]
+    for k, whole in enumerate(together):
+        torch.testing.assert_close(whole, sum(w * one[k] for w, one in zip(weights, alone, strict=True)))
+
+
+def test_the_first_row_meets_the_dropout_it_met_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the class row alone asked, and nothing but it followed, the walk has the forward's own masks."""
+    model = model_of("vit").train()
+    for block in model.vit.layers:
+        block.dropout.p = 0.5
+    stack, call, out = noted("vit", model, monkeypatch)
+    kept = call.notes[-1].stream.kept[stack.parts[-1].dropouts[0]]
+    assert len(kept) == 2 and set(torch.cat(kept).unique().tolist()) == {0.0, 2.0}
+    delta = torch.zeros_like(out)
+    delta[:, 0] = torch.randn(out[:, 0].shape, dtype=out.dtype)
+    exact = torch.autograd.grad(out, call.parameters, delta, allow_unused=True)
+    _, found = walk(stack.parts, call.notes, delta, call.parameters, 2, True, intercepted_attention)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for parameter, a, b in zip(call.parameters, found, exact, strict=True):
+        if "layers.2.mlp.fc2" in names[id(parameter)]:  # only the class row has a gradient there
+            torch.testing.assert_close(a, b)
+
+
+def test_frozen_blocks_below_end_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("vit").eval().requires_grad_(False)
+    model.vit.layers[2].requires_grad_(True)
+    stack, call, out = noted("vit", model, monkeypatch)
+    visited: list[Any] = []
+    walked = hf_lgp.rows.walk._walk_block
+    monkeypatch.setattr(hf_lgp.rows.walk, "_walk_block", lambda p, *a: visited.append(p.block) or walked(p, *a))
+    delta = torch.randn_like(out)
+    of_input, found = walk(stack.parts, call.notes, delta, call.parameters, 2, False, intercepted_attention)
+    assert visited == [model.vit.layers[2]] and of_input is None
+    assert all(g is not None for g in found)
