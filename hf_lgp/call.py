@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .control.measurement import GroupSpread, GroupSums
-from .control.plan import GROUPS, StepPlan, draw_order, identity_order, private_seed
+from .control.plan import StepPlan, draw_order, identity_order, private_seed
 from .estimator import control_size
 from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
 from .rows.parts import BlockParts, Intercept
@@ -74,9 +74,9 @@ class Call:
         self.parameters = [p for part in parts for p in part.block.parameters() if p.requires_grad]
         ordered = h0 if self.whole else h0.index_select(0, self.order)
         self.control, self.others = ordered[: self.controls], ordered[self.controls :].detach()
-        groups = min(GROUPS, self.controls) if plan.measure else 1
+        groups = min(plan.measure, self.controls) if plan.measure else 1
         self.slices = [slice(*b) for b in pairwise(round(g * self.controls / groups) for g in range(groups + 1))]
-        self.measured = plan.measure
+        self.measured = plan.measure > 0
         # Groups that are compared have graphs of their own.
         self.leaves = [self.control[s].detach().requires_grad_(h0.requires_grad) for s in self.slices]
         self.streams = list(self.leaves) if plan.measure else [self.control]

@@ -161,7 +161,7 @@ class Session:
                 n = len(spread.total)
                 residual, total, values = residual + values[:n], total + values[n : 2 * n], values[2 * n :]
             if total:
-                controller = controller.measured(residual, total)
+                controller = controller.measured(residual, total, reading.plan.measure, reading.at)
         self.controller = controller.decided(self.rules, step)
 
     # -- figures and state ---------------------------------------------------------------------------------------------
@@ -209,6 +209,7 @@ def _entry_of(reading: _Reading) -> dict[str, Any]:
     spreads = [[s.residual.tolist(), s.total.tolist()] for s in reading.spreads]
     return {
         "key": key_of(reading.plan),
+        "measure": reading.plan.measure,
         "at": reading.at,
         "size": reading.size,
         "seconds": reading.lap.seconds(),
@@ -219,6 +220,6 @@ def _entry_of(reading: _Reading) -> dict[str, Any]:
 def _reading_of(entry: Mapping[str, Any], device: torch.device) -> _Reading:
     fraction, *words = entry["key"].split(" ", 1)
     kind = words[0] if words else ""
-    plan = StepPlan(float(fraction), "measuring" in kind, "first row" in kind)
+    plan = StepPlan(float(fraction), entry["measure"], "first row" in kind)
     spreads = tuple(GroupSpread(*(torch.tensor(v, device=device) for v in pair)) for pair in entry["spreads"])
     return _Reading(plan, entry["at"], entry["size"], Lap(0.0, float(entry["seconds"])), spreads)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..estimator import FRACTIONS, control_size, price, relative_variance
-from .plan import StepPlan
+from .plan import GROUPS, StepPlan
 
 PERIOD = 8
 """Micro-batches between two decisions."""
@@ -29,8 +29,8 @@ CLEAN_EVERY = 101
 _MEASUREMENTS = 8
 """Measurements before the first choice."""
 
-_MEMORY = 16.0
-"""Measurements after which an old one counts 1/e."""
+_MEMORY = 512.0
+"""Micro-batches after which a measurement counts 1/e: sixteen measurements, while gradients are predicted."""
 
 _KEPT = 15
 """Latest times of each kind of step whose median counts."""
@@ -41,14 +41,18 @@ _TRIAL = 6
 _SETTLING = 2
 """Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
 
+_REHEARSAL = StepPlan(measure=2)
+"""An exact step that tells by its time whether operations or their number are dear, before anything dearer is tried."""
+
 _MARGIN = 0.95
 """Expected price, relative to exact steps, below which an untried fraction is tried."""
 
 _HYSTERESIS = 0.97
 """Price, relative to the present one, below which another fraction takes over."""
 
-_FIRST_LOOK, _LAST_LOOK = 64, 4096
-"""Micro-batches until the first look after nothing paid, and at most; each look that finds nothing doubles them."""
+_FIRST_LOOK, _LAST_LOOK, _HOPELESS_LOOK = 64, 1024, 4096
+"""Micro-batches until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions
+would save too little: only the machine can change that."""
 
 _LOOKS = 2
 """Measurements of a look."""
@@ -82,6 +86,7 @@ class Controller:
         residual: Faded sum over measurements of ``sigma_e^2`` by tensor.
         total: The same of ``sigma^2``.
         measurements: Number of measurements.
+        measured_at: Micro-batch of the last one.
         changed_at: Micro-batch of the last change of fraction.
         look_at: Micro-batch from which on to look again, while nothing pays.
         look_after: Micro-batches that the next look that finds nothing will wait.
@@ -95,6 +100,7 @@ class Controller:
     residual: tuple[float, ...] = ()
     total: tuple[float, ...] = ()
     measurements: int = 0
+    measured_at: int = 0
     changed_at: int = 0
     look_at: int = 0
     look_after: int = _FIRST_LOOK
@@ -129,27 +135,28 @@ class Controller:
     def cost(self, fraction: float) -> float:
         """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
 
-        Without a time of its own, the share of a step that does not depend on the number of examples is estimated from a measuring step, which
-        has it eight times for the control examples and for the walk.
+        Without a time of its own, the share of a step that does not depend on the number of examples is estimated from the rehearsal, which
+        has it twice for the control examples and for the walk.
         """
         exact = self.seconds(self.exact_plan)
-        own = self.seconds(StepPlan(fraction, first_row=self._first))
+        own = self.seconds(self._with(fraction))
         if exact is None:
             return 1.0
         if own is not None:
             return own / exact
-        tried = [(f, t) for f in FRACTIONS if (t := self.seconds(StepPlan(f, first_row=self._first))) is not None]
+        tried = [(f, t) for f in FRACTIONS if (t := self.seconds(self._with(f))) is not None]
         if tried:  # linear in the fraction, exact steps being the other end
             near, time = min(tried, key=lambda pair: abs(math.log(pair[0] / fraction)))
             kappa = (time / exact - near) / (1.0 - near)
             return fraction + (1.0 - fraction) * kappa
-        measuring = self.seconds(StepPlan(1.0, measure=True, first_row=self._first))
-        fixed = 0.0 if measuring is None else min(1.0, max(0.0, (measuring / exact - 1.4) / 17.0))
+        trial = self.seconds(replace(_REHEARSAL, first_row=self.first_row))
+        fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial / exact - 1.3) / 3.4))
         return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * 0.40)
 
     @property
-    def _first(self) -> bool:
-        return any(key_of(StepPlan(first_row=True)) == key for key in self.times)
+    def first_row(self) -> bool:
+        """Whether the last block is run on the first row only: where that is possible and faster."""
+        return self.exact_plan.first_row
 
     def price(self, fraction: float) -> float:
         """Price of a fraction relative to the cheaper exact step."""
@@ -173,33 +180,41 @@ class Controller:
         fraction = rules.fraction or self.fraction
         if examples < 2 or (fraction < 1.0 and control_size(examples, fraction) == examples):
             fraction = 1.0
-        measurable = control_size(examples, fraction) >= 2
+        groups = GROUPS if control_size(examples, fraction) >= 2 else 0
         if rules.fraction:
-            measure = measurable and self.seen % (2 * MEASURE_EVERY) == MEASURE_EVERY
-            return StepPlan(fraction, measure and fraction < 1.0, rules.first_row)
+            due = self.seen % (2 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0
+            return StepPlan(fraction, groups * due, rules.first_row)
         if self.seen % CLEAN_EVERY == CLEAN_EVERY - 1:
             return StepPlan()
         if step < rules.exact_steps or self.fraction >= 1.0:
-            return self._exact_step(rules, step, accumulation, measurable)
+            return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
         # The first micro-batches with a new fraction are for timing it.
-        measure = measurable and self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
-        return StepPlan(fraction, measure, rules.first_row)
+        due = self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
+        return StepPlan(fraction, groups * due, self.first_row)
 
-    def _exact_step(self, rules: Rules, step: int, accumulation: int, measurable: bool) -> StepPlan:
+    def _exact_step(self, rules: Rules, left: int, groups: int) -> StepPlan:
+        """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
         if rules.first_row and self.seen < 2 * PERIOD:  # in turns, to compare their times
             return StepPlan(first_row=self.seen % 2 == 1)
-        soon = (rules.exact_steps - step) * accumulation <= _MEASUREMENTS + 2 and self.seen >= PERIOD
-        looks = (self.measurements < _MEASUREMENTS and not self._hopeless) or self.measurements == 0
-        if measurable and (
-            (soon and looks and self.look_at == 0) or 0 <= self.seen - (self.look_at or math.inf) < _LOOKS
-        ):
-            return StepPlan(1.0, True, rules.first_row)
-        return self.exact_plan
+        exact = self.exact_plan
+        if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < PERIOD:
+            return exact
+        rehearsal = replace(_REHEARSAL, first_row=self.first_row)
+        last_before_decision = self.seen % PERIOD == PERIOD - 1
+        if self.seconds(rehearsal) is None:
+            return rehearsal if last_before_decision else exact
+        if self.look_at:
+            if self._hopeless:
+                return rehearsal if self.seen >= self.look_at and last_before_decision else exact
+            due = self.look_at <= self.seen < self.look_at + _LOOKS
+        else:
+            due = self.measurements < _MEASUREMENTS and not self._hopeless and left <= _MEASUREMENTS + PERIOD
+        return replace(exact, measure=groups) if due else exact
 
     @property
     def _hopeless(self) -> bool:
         """Whether even perfect predictions would save too little."""
-        return min(self.cost(f) for f in FRACTIONS) > _MARGIN
+        return min(map(self.cost, FRACTIONS)) > _MARGIN
 
     # -- what happened -------------------------------------------------------------------------------------------------
 
@@ -214,15 +229,20 @@ class Controller:
         key = key_of(plan)
         return replace(self, times={**self.times, key: (*self.times.get(key, ()), unit)[-_KEPT:]})
 
-    def measured(self, residual: Sequence[float], total: Sequence[float]) -> Controller:
-        """With one more measurement, by tensor."""
-        if not all(map(math.isfinite, (*residual, *total))):
+    def measured(self, residual: Sequence[float], total: Sequence[float], groups: int, at: int) -> Controller:
+        """With one more measurement, by tensor, of so many groups, made at micro-batch ``at``; that of too few groups tells nothing."""
+        if groups < GROUPS or not all(map(math.isfinite, (*residual, *total))):
             return self
-        fade = math.exp(-1.0 / _MEMORY) if len(self.total) == len(total) else 0.0
-        before = zip(self.residual, self.total, strict=True) if fade else ((0.0, 0.0) for _ in total)
+        fade = math.exp((self.measured_at - at) / _MEMORY) if len(self.total) == len(total) else 0.0
+        before = list(zip(self.residual, self.total, strict=True)) if fade else [(0.0, 0.0)] * len(total)
         sums = [(fade * r0 + r, fade * t0 + t) for (r0, t0), r, t in zip(before, residual, total, strict=True)]
-        r, t = zip(*sums, strict=True) if sums else ((), ())
-        return replace(self, residual=tuple(r), total=tuple(t), measurements=self.measurements + 1)
+        return replace(
+            self,
+            residual=tuple(r for r, _ in sums),
+            total=tuple(t for _, t in sums),
+            measurements=self.measurements + 1,
+            measured_at=at,
+        )
 
     def decided(self, rules: Rules, step: int) -> Controller:
         """With a fraction chosen by what is known now.
@@ -231,17 +251,17 @@ class Controller:
             rules: What the run was asked for.
             step: Optimizer steps so far.
         """
-        if rules.fraction or self.measurements == 0 or self.seconds(StepPlan()) is None:
+        if rules.fraction or step < rules.exact_steps or self.seconds(StepPlan()) is None:
             return self
         if self.fraction >= 1.0:
-            if step < rules.exact_steps or (self.measurements < _MEASUREMENTS and not self._hopeless):
+            if self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is None or self.seen < self.look_at + _LOOKS:
                 return self
-            if self.look_at and self.seen < self.look_at + _LOOKS:
+            if self.measurements < _MEASUREMENTS and not self._hopeless:
                 return self
-        elif len(self.times.get(key_of(StepPlan(self.fraction, first_row=rules.first_row)), ())) < _TRIAL:
+        elif len(self.times.get(key_of(self._with(self.fraction)), ())) < _TRIAL:
             return self
         allowed = [f for f in FRACTIONS if self.variance(f) <= rules.budget and control_size(self.size, f) >= 2]
-        prices = {f: self.price(f) * (1.0 if self._tried(f, rules) else 1.0 / _MARGIN) for f in allowed}
+        prices = {f: self.price(f) * (1.0 if self.seconds(self._with(f)) else 1.0 / _MARGIN) for f in allowed}
         best = min(prices, key=prices.__getitem__, default=1.0)
         present = self.price(self.fraction) if self.fraction in (*allowed, 1.0) else math.inf
         if prices.get(best, 1.0) >= 1.0:
@@ -254,12 +274,14 @@ class Controller:
             return self
         return replace(self, fraction=best, changed_at=self.seen, look_at=0)
 
-    def _tried(self, fraction: float, rules: Rules) -> bool:
-        return self.seconds(StepPlan(fraction, first_row=rules.first_row)) is not None
+    def _with(self, fraction: float) -> StepPlan:
+        return StepPlan(fraction, first_row=self.first_row)
 
     def _waiting(self, given_up: bool) -> Controller:
         """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
-        wait = min(_LAST_LOOK, self.look_after * (16 if self._hopeless else 1))
+        wait = _HOPELESS_LOOK if self._hopeless else self.look_after
+        # Looks end where decisions are made.
+        look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
         times = self.times
         if not given_up and self.look_after >= 8 * _FIRST_LOOK:
             times = {key: value for key, value in times.items() if not key.startswith("0")}
@@ -268,7 +290,7 @@ class Controller:
             self,
             fraction=1.0,
             changed_at=changed_at,
-            look_at=self.seen + wait,
+            look_at=look_at,
             look_after=min(_LAST_LOOK, 2 * self.look_after),
             times=times,
         )
@@ -298,4 +320,6 @@ class Controller:
 
 def key_of(plan: StepPlan) -> str:
     """A kind of step, as a name."""
-    return f"{plan.fraction:g}{' first row' if plan.first_row else ''}{' measuring' if plan.measure else ''}"
+    return (
+        f"{plan.fraction:g}{' first row' if plan.first_row else ''}{f' {plan.measure} groups' if plan.measure else ''}"
+    )

@@ -19,14 +19,14 @@ class StepPlan:
 
     Attributes:
         fraction: Control fraction ``f``; 1 for exact gradients.
-        measure: Whether to compare predictions with exact gradients, group by group.
+        measure: Groups of control examples whose exact and predicted gradients are compared; 0 for none.
         first_row: Whether the last block is run on the first row only, in stacks of which only that is read.
         seed: Of the draws of control examples; each call of a stack draws anew.
         all_control: For checks: whether every example is a control example, and yet the splice in place.
     """
 
     fraction: float = 1.0
-    measure: bool = False
+    measure: int = 0
     first_row: bool = False
     seed: int = 0
     all_control: bool = False
@@ -34,7 +34,7 @@ class StepPlan:
     @property
     def splits(self) -> bool:
         """Whether examples go different ways."""
-        return self.fraction < 1.0 or self.measure or self.all_control
+        return self.fraction < 1.0 or self.measure > 0 or self.all_control
 
     @property
     def plain(self) -> bool:

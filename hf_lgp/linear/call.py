@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..control.measurement import GroupSpread, GroupSums
-from ..control.plan import GROUPS, StepPlan, draw_order, identity_order, private_seed
+from ..control.plan import StepPlan, draw_order, identity_order, private_seed
 from ..estimator import control_scale, control_size, control_weights
 from ..sealed import SpliceError
 from .arguments import Arguments
@@ -81,7 +81,7 @@ class TrunkCall:
         device, seed = predictor.device, private_seed(plan.seed, number)
         self.order, self.inverse = identity_order(self.m, device) if self.whole else draw_order(self.m, seed, device)
         self.arguments.reorder(None if self.whole else self.order)
-        groups = min(GROUPS, self.controls) if plan.measure else 1
+        groups = min(plan.measure, self.controls) if plan.measure else 1
         bounds = [round(g * self.controls / groups) for g in range(groups + 1)]
         # With a graph first: autocast keeps copies of weights, which must not be those made without.
         self.streams = [self._run(slice(*b), OBSERVED_EXAMPLES // groups) for b in pairwise(bounds)]

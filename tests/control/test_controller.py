@@ -1,0 +1,129 @@
+"""The controller in simulated runs: it finds what pays, keeps to the budget, and loses little where nothing does."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from hf_lgp.control.controller import PERIOD, Controller, Rules
+from hf_lgp.control.plan import StepPlan
+
+M = 64
+RULES = Rules(fraction=0.0, budget=1.1, exact_steps=20, first_row=False)
+
+
+def compute_bound(plan: StepPlan) -> float:
+    """A model whose time is arithmetic: the last block on one row saves a sixth, a prediction costs 0.4."""
+    exact = 0.85 if plan.first_row else 1.0
+    return exact * (plan.fraction + (1.0 - plan.fraction) * 0.4) + 0.04 * plan.measure
+
+
+def overhead_bound(plan: StepPlan) -> float:
+    """A model whose time is the number of operations."""
+    return 1.0 + 1.7 * (plan.fraction < 1.0) + 1.8 * plan.measure
+
+
+def simulate(
+    steps: int,
+    time_of: Callable[[StepPlan], float],
+    share: Callable[[int], float],
+    rules: Rules = RULES,
+    noise: float = 0.1,
+) -> tuple[Controller, list[StepPlan], float]:
+    """A run: the controller at its end, the plans it made, and its time in plain steps."""
+    draw, controller = random.Random(0), Controller()
+    plans: list[StepPlan] = []
+    pending: list[tuple[StepPlan, int, float]] = []
+    spent = 0.0
+    for step in range(steps):
+        if controller.seen % PERIOD == 0:
+            for plan, at, unit in pending:
+                controller = controller.timed(plan, unit, at).accounted(plan, unit, 1.0)
+                if plan.measure:
+                    residual = share(at) * math.exp(draw.gauss(0, 0.3))
+                    controller = controller.measured([residual, 0.5 * residual], [1.0, 0.5], plan.measure, at)
+            pending, controller = [], controller.decided(rules, step)
+        plan = controller.plan(rules, step, M)
+        unit = time_of(plan) * math.exp(draw.gauss(0, noise))
+        plans.append(plan)
+        pending.append((plan, controller.seen, unit))
+        controller, spent = controller.advanced(M), spent + time_of(plan)
+    return controller, plans, spent / steps
+
+
+def test_it_predicts_where_that_pays_and_spends_little_on_finding_out() -> None:
+    controller, plans, time = simulate(1000, compute_bound, lambda at: 0.02)
+    assert controller.fraction == 0.25, "an eighth would have 1.14 of the variance"
+    assert time < 0.02 + compute_bound(StepPlan(0.25)) + 0.03 * 0.5
+    assert not any(plan.fraction < 1.0 for plan in plans[: RULES.exact_steps])
+    assert controller.saved == pytest.approx(1000 * (1 - time), rel=0.15)
+
+
+def test_a_better_prediction_allows_a_smaller_fraction() -> None:
+    assert simulate(1000, compute_bound, lambda at: 0.005)[0].fraction == 0.0625
+    assert simulate(1000, compute_bound, lambda at: 0.02, replace(RULES, budget=math.inf))[0].fraction == 0.125
+
+
+def test_the_last_block_on_one_row_is_used_where_it_is_faster() -> None:
+    _, plans, time = simulate(400, compute_bound, lambda at: 0.9, replace(RULES, first_row=True))
+    assert sum(plan.first_row for plan in plans) > 350 and time < 0.88
+    slower = simulate(400, lambda p: 1.0 + 0.1 * p.first_row, lambda at: 0.9, replace(RULES, first_row=True))
+    assert sum(plan.first_row for plan in slower[1]) < 20 and slower[2] < 1.03
+
+
+@pytest.mark.parametrize(("time_of", "share"), [(compute_bound, 0.9), (overhead_bound, 0.9), (overhead_bound, 0.01)])
+def test_where_nothing_pays_little_is_lost(time_of: Callable[[StepPlan], float], share: float) -> None:
+    controller, plans, time = simulate(2000, time_of, lambda at: share)
+    assert controller.fraction == 1.0 and time < 1.03
+    assert sum(plan.fraction < 1.0 for plan in plans) < 60
+
+
+def test_predictions_that_become_bad_are_given_up_and_good_ones_are_found_later() -> None:
+    assert simulate(3000, compute_bound, lambda at: 0.02 if at < 1000 else 0.9)[0].fraction == 1.0
+    assert simulate(3500, compute_bound, lambda at: 0.9 if at < 1000 else 0.02)[0].fraction < 1.0
+
+
+def test_a_noisy_machine_does_not_end_predictions() -> None:
+    _, plans, time = simulate(1500, compute_bound, lambda at: 0.02, noise=0.4)
+    assert sum(plan.fraction < 1.0 for plan in plans) > 1200 and time < 0.65
+
+
+def test_a_fixed_fraction_is_followed_from_the_first_step_and_measured_now_and_then() -> None:
+    _, plans, _ = simulate(200, compute_bound, lambda at: 0.5, replace(RULES, fraction=0.5))
+    assert {plan.fraction for plan in plans} == {0.5} and 2 <= sum(plan.measure > 0 for plan in plans) <= 4
+
+
+@pytest.mark.parametrize(("examples", "fraction"), [(1, 0.5), (2, 0.9)])
+def test_a_batch_too_small_for_the_fraction_is_exact(examples: int, fraction: float) -> None:
+    plan = Controller().plan(replace(RULES, fraction=fraction), 50, examples)
+    assert plan.fraction == 1.0 and not plan.measure
+
+
+def test_half_a_share_is_that_of_the_whole_and_half_the_mean_over_tensors() -> None:
+    controller = Controller().measured([0.1, 0.1], [1.0, 0.2], 8, 0)
+    assert controller.residual_share == pytest.approx(0.5 * (0.2 / 1.2 + (0.1 + 0.5) / 2))
+
+
+def test_sums_are_averaged_before_they_are_divided_and_old_ones_fade() -> None:
+    controller = Controller().measured([1.0], [1.0], 8, 0)
+    for k in range(200):
+        controller = controller.measured([0.1], [1.0], 8, 32 * (k + 1))
+    assert controller.residual_share == pytest.approx(0.1, rel=1e-3)
+    assert Controller().measured([0.0], [1.0], 8, 0).measured([3.0], [3.0], 8, 0).residual_share == 0.75
+
+
+def test_measurements_that_are_not_finite_are_left_out() -> None:
+    assert Controller().measured([math.nan], [1.0], 8, 0).measurements == 0
+    assert Controller().measured([0.1], [1.0], 2, 0).measurements == 0, "two groups tell nothing"
+
+
+def test_the_record_survives_json_in_mid_run() -> None:
+    controller, _, _ = simulate(300, compute_bound, lambda at: 0.02)
+    assert Controller.from_state_dict(json.loads(json.dumps(controller.state_dict()))) == controller
+    with pytest.raises((KeyError, TypeError)):
+        Controller.from_state_dict({"seen": 3, "lookout": {}})
