@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import fields
 from typing import Any
 
 from .._version import __version__
@@ -13,44 +12,12 @@ from ..settings import LGPSettings
 from .citations import BIBTEX
 from .figure import series
 
-MOST_PHASES = 6
-"""Rows of the table at most: shorter phases are merged into their neighbours."""
-
 _INTRODUCTION = (
     f"Trained with `LGPTrainer` of hf_lgp {__version__}: `transformers.Trainer`, except that only a share of every "
     "micro-batch, the control fraction, gets exact gradients. The gradients of the other examples are predicted, and the "
     "exact ones correct the predictions, so the expected gradient is that of plain training "
     "([arXiv 2511.05187](https://arxiv.org/abs/2511.05187))."
 )
-
-
-@dataclass
-class Phase:
-    """Consecutive log entries with about one control fraction.
-
-    Attributes:
-        entries: The entries, in order; never empty.
-    """
-
-    entries: list[Mapping[str, Any]]
-
-    @property
-    def last(self) -> int:
-        """The step at which the phase ends."""
-        return int(self.entries[-1].get("step", 0))
-
-    def span(self, name: str) -> str:
-        """The reading's value, or its smallest and largest; n/a if there is none."""
-        values = series(self.entries, name)[1]
-        if not values:
-            return "n/a"
-        low, high = number(min(values)), number(max(values))
-        return low if low == high else f"{low}-{high}"
-
-    def mean(self, name: str) -> str:
-        """The reading's mean over the entries; n/a if there is none."""
-        values = series(self.entries, name)[1]
-        return number(sum(values) / len(values)) if values else "n/a"
 
 
 def section(
@@ -68,15 +35,7 @@ def section(
     parts = ["## Linear gradient prediction", _INTRODUCTION]
     readings = [entry for entry in log_history if "lgp/fraction" in entry]
     if readings:
-        # What an entry says of the fraction holds from there on; its other readings are of the steps before it.
-        before = [readings[0], *readings[:-1]]
-        shifted = [
-            {**entry, "lgp/fraction": earlier["lgp/fraction"]} for earlier, entry in zip(before, readings, strict=True)
-        ]
-        parts += [
-            _phase_table(phases([entry for entry in shifted if "train_runtime" not in entry])),
-            _summary(readings),
-        ]
+        parts.append(_summary(readings))
     elif settings.control_fraction == 1.0:
         parts.append("In this run every gradient was exact: the control fraction was 1.")
     else:
@@ -92,43 +51,14 @@ def section(
     return "\n\n".join(parts)
 
 
-def phases(readings: Sequence[Mapping[str, Any]]) -> list[Phase]:
-    """Split log entries where the control fraction changes, and merge the shortest phases while there are too many.
-
-    Args:
-        readings: Log entries with ``lgp/fraction``, that of the steps before the entry.
-    """
-    result: list[Phase] = []
-    for entry in readings:
-        if result and result[-1].entries[-1]["lgp/fraction"] == entry["lgp/fraction"]:
-            result[-1].entries.append(entry)
-        else:
-            result.append(Phase([entry]))
-    while len(result) > MOST_PHASES:
-        lengths = [len(one.entries) + len(other.entries) for one, other in pairwise(result)]
-        at = lengths.index(min(lengths))
-        result[at : at + 2] = [Phase(result[at].entries + result[at + 1].entries)]
-    return result
-
-
-def _phase_table(parts: Sequence[Phase]) -> str:
-    rows = ["| steps | control fraction | mean variance explained | mean training loss |", "| --- | --- | --- | --- |"]
-    first = 1
-    for phase in parts:
-        measured = Phase([entry for entry in phase.entries if entry.get("lgp/variance_explained")])
-        rows.append(
-            f"| {first:,}-{phase.last:,} | {phase.span('lgp/fraction')} | {measured.mean('lgp/variance_explained')} | {phase.mean('loss')} |"
-        )
-        first = phase.last + 1
-    return "\n".join(rows)
-
-
 def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
-    lines = []
-    if rho2 := [value for value in series(readings, "lgp/variance_explained")[1] if value]:
+    fractions = series(readings, "lgp/fraction")[1]
+    spans = [f"{f:.4g} in {fractions.count(f) / len(fractions):.0%}" for f in sorted(set(fractions), reverse=True)]
+    lines = [f"control fraction: {', '.join(spans)} of the log's entries"]
+    if explained := series(readings, "lgp/variance_explained")[1]:
         lines.append(
             "share of the gradient's variance that predictions explain: "
-            f"{number(rho2[-1])} at the end, {number(sum(rho2) / len(rho2))} on average"
+            f"{number(explained[-1])} at the end, {number(sum(explained) / len(explained))} on average"
         )
     if saved := series(readings, "lgp/seconds_saved")[1]:
         verb = "saved" if saved[-1] >= 0 else "lost"

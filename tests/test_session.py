@@ -1,0 +1,125 @@
+"""One run: what is planned, counted, measured and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lgp.control.measurement import GroupSpread
+from hf_lgp.control.plan import StepPlan
+from hf_lgp.session import Session
+from hf_lgp.settings import LGPSettings
+
+CPU = torch.device("cpu")
+
+
+class Noted:
+    """A method that writes down the plans it is given, and measures a share of a tenth."""
+
+    has_first_row, learns = True, False
+
+    def __init__(self) -> None:
+        self.plans: list[StepPlan] = []
+        self.loaded: Mapping[str, Tensor] = {}
+
+    @contextmanager
+    def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> Iterator[None]:
+        self.plans.append(plan)
+        yield
+        if plan.measure:
+            observed(GroupSpread(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 2.0])))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"window": torch.ones(2)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.loaded = state
+
+
+def session_of(**settings: Any) -> tuple[Session, Noted]:
+    session, method = Session(LGPSettings(**settings), exact_steps=4, device=CPU), Noted()
+    assert session.use(method, None) is None
+    return session, method
+
+
+def run(session: Session, start: int, stop: int, examples: int = 16) -> list[StepPlan]:
+    plans = []
+    for step in range(start, stop):
+        plans.append(session.plan(step, examples, 1))
+        with session.step(plans[-1], examples, 100.0):
+            pass
+    return plans
+
+
+def test_a_fixed_fraction_is_followed_counted_and_measured() -> None:
+    session, method = session_of(control_fraction=0.5)
+    plans = run(session, 0, 80)
+    assert method.plans == plans and {plan.fraction for plan in plans} == {0.5}
+    assert session.steps == {"exact": 0, "predicted": 80}
+    assert len({plan.seed for plan in plans}) == 80
+    figures = session.figures()
+    assert figures["fraction"] == 0.5 and figures["variance_explained"] == pytest.approx(0.9)
+    assert figures["variance"] == pytest.approx(1.1)
+
+
+def test_micro_batches_of_one_step_draw_by_themselves_and_always_the_same() -> None:
+    seeds = [[session_of(control_fraction=0.5)[0].plan(7, 8, 2).seed for _ in range(2)] for _ in range(2)]
+    assert seeds[0][0] == seeds[1][0]
+    session = session_of(control_fraction=0.5)[0]
+    assert session.plan(7, 8, 2).seed != session.plan(7, 8, 2).seed
+    other = Session(LGPSettings(control_fraction=0.5), 4, CPU, process=1)
+    other.use(Noted(), None)
+    assert other.plan(7, 8, 2).seed not in seeds[0]
+
+
+def test_a_step_that_fails_is_not_counted() -> None:
+    session, _ = session_of(control_fraction=0.5)
+    with pytest.raises(ValueError, match="lost"), session.step(session.plan(0, 8, 1), 8, 1.0):
+        raise ValueError("lost")
+    assert session.steps == {"exact": 0, "predicted": 0} and session.controller.seen == 0
+
+
+def test_a_plain_step_is_not_spliced() -> None:
+    session, method = session_of()
+    with session.step(StepPlan(), 8, 1.0):
+        pass
+    assert method.plans == [] and session.steps["exact"] == 1
+
+
+def test_without_a_method_every_step_is_plain_and_the_fraction_is_all_that_is_logged() -> None:
+    session = Session(LGPSettings(), 4, CPU)
+    assert session.use(None, "it has no blocks") == "it has no blocks"
+    assert run(session, 0, 20) == [StepPlan()] * 20
+    assert session.figures() == {"fraction": 1.0} and session.steps["exact"] == 20
+
+
+@pytest.mark.parametrize("stop", [37, 40, 45])
+def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> None:
+    straight, _ = session_of(control_fraction=0.25)
+    expected = run(straight, 0, 100)
+    first, _ = session_of(control_fraction=0.25)
+    plans = run(first, 0, stop)
+    tensors, numbers = first.state_dict()
+    second, method = Session(LGPSettings(control_fraction=0.25), 4, CPU), Noted()
+    second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
+    second.use(method, None)
+    assert plans + run(second, stop, 100) == expected and "window" in method.loaded
+    assert second.steps == straight.steps
+    one, other = straight.controller, second.controller
+    assert (one.seen, one.residual, one.total, one.measurements) == (
+        other.seen,
+        other.residual,
+        other.total,
+        other.measurements,
+    )
+
+
+def test_the_state_of_another_version_is_refused() -> None:
+    with pytest.raises(KeyError):
+        Session(LGPSettings(), 4, CPU).load_state_dict({}, {"seen": 3, "lookout": {}})

@@ -1,0 +1,185 @@
+"""Stacks of blocks: found, run in two streams, measured by groups, and left as they were."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, EXAMPLES, inputs_of, model_of
+from torch import Tensor, nn
+
+from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.call import HowToWalk
+from hf_lgp.control.measurement import GroupSpread
+from hf_lgp.control.plan import StepPlan
+from hf_lgp.rows.parts import UnknownBlock
+from hf_lgp.sealed import SpliceError
+from hf_lgp.stack import Stack, find_stacks, spliced
+
+HOW = HowToWalk(2, intercepted_attention)
+
+
+def stacks_of(name: str, model: Any, first_row: bool = False) -> list[Stack]:
+    inputs = inputs_of(name)
+    fewer = {key: value[:-1] for key, value in inputs.items()}
+    found = find_stacks(model, lambda: model(**inputs), lambda: model(**fewer), intercepted_attention)
+    return [replace(stack, first_row_only=first_row) for stack in found]
+
+
+def gradients(model: Any, inputs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs)["loss"].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(g.norm()) for g in expected.values())
+    for name, gradient in expected.items():
+        off = float((found[name] - gradient).norm())
+        assert off <= 1e-10 * max(float(gradient.norm()), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if "lora" not in n])
+def test_all_blocks_are_found_and_what_folds_folds(name: str) -> None:
+    (stack,) = stacks_of(name, model_of(name).eval())
+    assert len(stack.parts) == 3
+    assert all(part.key is not None and part.value is not None for part in stack.parts)
+    assert all((part.front is None) == ("bert" in name) for part in stack.parts)
+
+
+@pytest.mark.parametrize("plan", [StepPlan(all_control=True), StepPlan(measure=3), StepPlan(first_row=True)])
+@pytest.mark.parametrize("name", ["vit", "bert", "beit class token"])
+def test_with_every_example_a_control_example_gradients_are_exact(name: str, plan: StepPlan) -> None:
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    expected = gradients(model, inputs)
+    with spliced(stacks_of(name, model, first_row=True), plan, HOW):
+        found = gradients(model, inputs)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("first_row", [False, True])
+def test_a_measuring_step_has_the_estimate_of_one_that_does_not_measure(first_row: bool) -> None:
+    model, inputs, spreads = model_of("vit").eval(), inputs_of("vit", 8), []
+    stacks = stacks_of("vit", model, first_row)
+    estimates = []
+    for plan in (StepPlan(0.5, 0, first_row, seed=3), StepPlan(0.5, 2, first_row, seed=3)):
+        with spliced(stacks, plan, HOW, spreads.append):
+            estimates.append(gradients(model, inputs))
+    assert_close(*estimates)
+    assert len(spreads) == 1 and isinstance(spreads[0], GroupSpread)
+    assert len(spreads[0].total) == 1 + sum(
+        len(list(p.block.parameters())) for p in stacks[0].predicted_parts(first_row)
+    )
+
+
+def test_a_tensor_whose_first_dimension_happens_to_be_the_batch_is_left_whole() -> None:
+    """Two-dimensional tables of as many rows as there are examples are no batches."""
+    model, inputs = model_of("bert").eval(), inputs_of("bert")
+    layer, forward = model.bert.encoder.layer, type(model.bert.encoder.layer[0]).forward
+    table, seen = torch.randn(EXAMPLES, 8, dtype=torch.float64), []
+
+    class WithTable(type(layer[0])):  # type: ignore[misc]
+        def forward(self, hidden: Tensor, *args: Any, table: Any = None, **kwargs: Any) -> Any:
+            seen.append(table)
+            return forward(self, hidden, *args, **kwargs)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden: Tensor, mask: Any = None, **kwargs: Any) -> Any:
+            for block in self.layer:
+                hidden = block(hidden, mask, table=table)
+            return type(
+                "Out", (), {"last_hidden_state": hidden, "past_key_values": None, "__getitem__": lambda s, i: hidden}
+            )()
+
+    for block in layer:
+        block.__class__ = WithTable
+    model.bert.encoder = Encoder()
+    stacks = stacks_of("bert", model)
+    assert stacks[0].unbatched == {"table"}
+    seen.clear()
+    with spliced(stacks, StepPlan(0.5), HOW):
+        gradients(model, inputs)
+    assert seen and all(t is table for t in seen)
+
+
+def test_without_gradients_nothing_is_spliced() -> None:
+    model, inputs = model_of("vit").eval(), inputs_of("vit")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with spliced(stacks_of("vit", model, True), StepPlan(0.5, first_row=True), HOW):
+            found = model(**inputs).logits
+    assert torch.equal(found, expected)
+
+
+def test_a_model_is_as_it_was_afterwards_and_whenever_something_fails() -> None:
+    model = model_of("vit").eval()
+    stacks, before = stacks_of("vit", model, True), [(type(m), set(vars(m))) for m in model.modules()]
+    with pytest.raises(ZeroDivisionError), spliced(stacks, StepPlan(0.5, first_row=True), HOW):
+        gradients(model, inputs_of("vit"))
+        raise ZeroDivisionError
+    assert [(type(m), set(vars(m))) for m in model.modules()] == before
+
+
+def loss_with(model: Any, inputs: Any, **options: Any) -> Tensor:
+    out = model(**inputs, **options)
+    return out.loss + out.hidden_states[1].square().mean()
+
+
+def test_what_is_read_between_blocks_is_an_error() -> None:
+    model, inputs = model_of("vit").eval(), inputs_of("vit")
+    with spliced(stacks_of("vit", model), StepPlan(0.5), HOW), pytest.raises(SpliceError, match="read elsewhere"):
+        loss_with(model, inputs, output_hidden_states=True)
+
+
+def test_a_skipped_block_is_an_error() -> None:
+    model, inputs = model_of("vit").eval(), inputs_of("vit")
+    stacks = stacks_of("vit", model)
+    del model.vit.layers[1]
+    with spliced(stacks, StepPlan(0.5), HOW), pytest.raises(SpliceError, match="one after the other"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("break_", "reason"),
+    [
+        (lambda m: m.vit.layers.requires_grad_(False), "nothing in its blocks is trained"),
+        (lambda m: setattr(m.vit.layers[0], "layernorm_after", nn.BatchNorm1d(5).double()), "BatchNorm"),
+        (lambda m: setattr(m.vit, "layers", nn.ModuleList()), "no list of blocks"),
+    ],
+)
+def test_what_cannot_be_predicted_says_why(break_: Any, reason: str) -> None:
+    model = model_of("vit").eval()
+    break_(model)
+    with pytest.raises(UnknownBlock, match=reason):
+        stacks_of("vit", model)
+
+
+def test_with_dropout_the_mean_over_many_draws_is_that_of_exact_steps() -> None:
+    """z-scores of every tensor along the exact mean: dropout and control sets are drawn anew each time."""
+    model, inputs = model_of("bert").train(), inputs_of("bert")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    stacks, count = stacks_of("bert", model.eval(), True), 160
+    model.train()
+    names = [n for n, _ in model.named_parameters() if "key.bias" not in n]
+    samples: dict[str, list[Tensor]] = {}
+    for kind, plan in (("exact", StepPlan()), ("predicted", StepPlan(0.5, first_row=True))):
+        sums = []
+        for k in range(count):
+            with spliced(stacks, replace(plan, seed=k), HOW):
+                found = gradients(model, inputs)
+            sums.append(
+                torch.stack([found[n].flatten() @ torch.sin(torch.arange(found[n].numel()).double()) for n in names])
+            )
+        samples[kind] = sums
+    one, other = (torch.stack(samples[kind]) for kind in ("exact", "predicted"))
+    z = (one.mean(0) - other.mean(0)) / ((one.var(0) + other.var(0)) / count).sqrt()
+    assert float(z.abs().max()) < 4.5 and 0.6 < float(z.std()) < 1.4

@@ -1,0 +1,116 @@
+"""The check before anything is predicted, and how a batch is taken apart for it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import inputs_of, model_of
+from torch import Tensor, nn
+
+from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.methods import row_walk
+from hf_lgp.rows.parts import UnknownBlock
+from hf_lgp.verify import entries_of, examples_of, few_of, unrandom
+
+
+def check(model: Any, loss: Any = None) -> Any:
+    inputs = inputs_of("vit")
+    loss = loss or (lambda few: model(**few).loss)
+    return row_walk(model, lambda count: loss(few_of(inputs, count)), 4, 2, intercepted_attention, half=False)
+
+
+def test_a_model_is_checked_and_left_as_it_was() -> None:
+    model = model_of("vit").train()
+    model.classifier.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    method = check(model)
+    assert method.has_first_row and len(method.stacks) == 1
+    assert model.training and not model.classifier.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_last_block_is_run_in_full_where_more_than_its_first_row_is_read() -> None:
+    model = model_of("vit").eval()
+
+    def loss(few: Any) -> Tensor:
+        return model.vit(few["pixel_values"]).last_hidden_state.mean(1).square().sum()
+
+    assert not check(model, loss).has_first_row
+
+
+def test_examples_that_meet_in_the_blocks_are_found_out() -> None:
+    model = model_of("vit").eval()
+    mlp = model.vit.layers[1].mlp
+
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.mlp(rows + rows.mean(0, keepdim=True))
+
+    model.vit.layers[1].mlp = Meeting()
+    with pytest.raises(UnknownBlock, match="independently"):
+        check(model)
+
+
+def test_a_loss_that_reads_between_blocks_is_found_out() -> None:
+    model = model_of("vit").eval()
+
+    def loss(few: Any) -> Tensor:
+        out = model(**few, output_hidden_states=True)
+        return out.loss + out.hidden_states[1].square().mean()
+
+    with pytest.raises(UnknownBlock, match="read elsewhere"):
+        check(model, loss)
+
+
+def test_a_loss_that_hooks_a_block_is_found_out() -> None:
+    """Whoever listens at a block would hear of a part of the examples only."""
+    model, heard = model_of("vit").eval(), []
+    model.vit.layers[0].register_forward_hook(lambda m, a, out: heard.append(out))
+
+    def loss(few: Any) -> Tensor:
+        heard.clear()
+        return model(**few).loss + heard[-1].mean()
+
+    with pytest.raises(UnknownBlock, match="read elsewhere"):
+        check(model, loss)
+
+
+def test_random_streams_are_as_they_were_and_the_same_inside() -> None:
+    def draws() -> list[float]:
+        return [torch.rand(1).item(), float(np.random.rand()), random.random()]
+
+    torch.manual_seed(3)
+    inside = []
+    for _ in range(2):
+        state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        with unrandom():
+            inside.append(draws())
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert (np.random.get_state()[1] == state[1]).all() and random.getstate() == state[2]
+        draws()
+    assert inside[0] == inside[1]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"a": torch.zeros(5, 2), "b": [torch.zeros(5), "text"], "c": torch.zeros(3)},
+        (torch.zeros(5, 2), {"y": torch.zeros(5)}),
+        torch.zeros(5, 2),
+    ],
+)
+def test_few_examples_are_taken_of_any_kind_of_batch(batch: Any) -> None:
+    assert examples_of(batch) == 5 and examples_of(few_of(batch, 2)) == 2
+    assert entries_of(batch) == 10 and examples_of("text") == 0
+    if isinstance(batch, dict):
+        few = few_of(batch, 2)
+        assert len(few["b"][0]) == 2 and few["b"][1] == "text" and len(few["c"]) == 3 and len(batch["a"]) == 5
