@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO := --image_size 16 --patch_size 4 --hidden_size 64 --num_hidden_layers 4 --random_crop_padding 1 \
 	--num_train_epochs 70 --per_device_train_batch_size 64 --per_device_eval_batch_size 128 \
-	--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 100 --logging_steps 100 --lgp_window 1024
+	--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 100 --logging_steps 100
 
 .DEFAULT_GOAL := help
 
@@ -66,10 +66,8 @@ types: $(STAMP) ## check types
 .PHONY: gpu-check
 gpu-check: ## run GPU tests and benchmarks on the accelerator at hand: make gpu-check PY=python3 CIFAR=folder
 	$(PY) -m pytest -m gpu -p no:cacheprovider tests
-	$(PY) benchmarks/step_cost.py --vit width-384 vit-small-16 vit-base-16 --fraction 0.5 0.25
-	$(PY) benchmarks/predictability.py --data $(CIFAR) --workers 8 --name predictability_gpu
-	$(PY) benchmarks/extra_variance.py --data $(CIFAR) --name extra_variance_gpu
-	$(PY) benchmarks/worth.py --data $(CIFAR) --name worth_gpu
+	$(PY) benchmarks/step_cost.py --vit width-384 vit-small-16 vit-base-16
+	$(PY) benchmarks/predictability.py --data $(CIFAR) --name predictability_gpu
 	$(PY) benchmarks/time_to_accuracy.py --data $(CIFAR) --vit vit-small-16 --images 10000 --epochs 6 --attention sdpa --name time_to_accuracy_gpu
 	$(PY) benchmarks/time_to_accuracy.py --data $(CIFAR) --vit vit-small-16 --images 10000 --epochs 6 --attention sdpa --compile --name time_to_accuracy_gpu_compiled
 

@@ -47,9 +47,14 @@ def _obstacles_in_arguments(args: TrainingArguments) -> Iterator[str]:
             )
     if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
         yield (
-            "LGPTrainer's processes share what they observe, so each needs as many examples as the others: leave "
+            "LGPTrainer's processes decide together, so each needs as many batches as the others: leave "
             "`even_batches` of `accelerator_config` at True."
         )
+    checkpointing = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
+        args, "gradient_checkpointing_kwargs", None
+    )
+    if (checkpointing or {}).get("use_reentrant"):
+        yield "Reentrant activation checkpointing allows no gradient of a part: set its `use_reentrant` to False."
     if args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
         yield f"{args.optim} applies gradients during the backward pass: choose another `optim`."
 
@@ -63,9 +68,3 @@ def _obstacles_in_model(model: nn.Module) -> Iterator[str]:
         yield "LGPTrainer does not support tensor parallelism: load the model without a `tp_plan`."
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         yield "LGPTrainer needs the model on one device: load it without a `device_map` that spreads it."
-    coupled = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if coupled:
-        yield (
-            f"{coupled[0]} is a BatchNorm layer: in training mode it couples the examples of a batch, so a gradient of some of "
-            "them is not defined by themselves. Replace it by GroupNorm or LayerNorm."
-        )

@@ -53,6 +53,7 @@ class Session:
         self.settings, self.exact_steps, self.device, self.process = settings, exact_steps, device, process
         self.method: Method | None = None
         self.refused: str | None = None
+        self._trained = 0
         self.controller = Controller()
         self.steps = {"exact": 0, "predicted": 0}
         self._readings: list[_Reading] = []
@@ -67,15 +68,28 @@ class Session:
         first_row = self.method is not None and self.method.has_first_row
         return Rules(s.control_fraction, s.variance_budget or float("inf"), self.exact_steps, first_row)
 
-    def use(self, method: Method | None, refused: str | None) -> str | None:
+    def unchecked(self, trained: int) -> bool:
+        """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained.
+
+        Args:
+            trained: Number of parameters that are trained.
+        """
+        return self.method is None and (self.refused is None or trained != self._trained)
+
+    def use(self, method: Method | None, refused: str | None, trained: int = 0) -> str | None:
         """Predict with a method from here on, or not at all, for a reason; all processes end up with the same.
+
+        Args:
+            method: The method; None if there is none.
+            refused: Why not.
+            trained: Number of parameters that are trained.
 
         Returns:
             Why nothing will be predicted, None if it will.
         """
         if processes() > 1 and not holds_everywhere(method is not None, self.device):
             method, refused = None, refused or "it failed the check in another process"
-        self.method, self.refused = method, refused
+        self.method, self.refused, self._trained = method, refused, trained
         if method is not None and self._learnt:
             method.load_state_dict(self._learnt)
         self._learnt = None

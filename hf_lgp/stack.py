@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from .call import Call, HowToWalk, Observed
 from .control.plan import StepPlan
 from .rows.notes import map_tensors
-from .rows.parts import BlockParts, Intercept, UnknownBlock, attention_calls, find_parts, forward_replaced
+from .rows.parts import (
+    BlockParts,
+    Intercept,
+    NothingTrained,
+    UnknownBlock,
+    attention_calls,
+    find_parts,
+    forward_replaced,
+)
 from .rows.walk import first_row_of_block
 from .sealed import FirstRow, Sealed, SpliceError
 
@@ -66,6 +74,7 @@ def find_stacks(
 
     Raises:
         UnknownBlock: If there is none, or if its attention cannot be followed.
+        NothingTrained: If no block has a parameter that is trained.
     """
     with torch.no_grad():
         called = set(attention_calls(run, intercept))
@@ -84,8 +93,9 @@ def find_stacks(
     for name, blocks in lists:
         stacks.append(Stack(name, parts[: len(blocks)], unbatched))
         parts = parts[len(blocks) :]
-    if not any(stack.trains for stack in stacks):
-        raise UnknownBlock("nothing in its blocks is trained, so there is no gradient to predict")
+    stacks = [stack for stack in stacks if stack.trains]
+    if not stacks:
+        raise NothingTrained("nothing in its blocks is trained, so there is no gradient to predict")
     for stack in stacks:
         coupled = [m for p in stack.parts for m in p.block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if coupled:

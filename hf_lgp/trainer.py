@@ -18,12 +18,12 @@ from .renamed_weights import restore_renamed_weights
 from .report.figure_callback import FigureCallback
 from .report.log_lines import library_logger, readings, summary
 from .report.model_card import extend_card
-from .rows.parts import UnknownBlock
+from .rows.parts import NothingTrained, UnknownBlock
 from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
 from .state_files import StateFileError, read_state, write_state
-from .verify import entries_of, examples_of, few_of
+from .verify import entries_of, examples_of, few_of, unrandom
 
 logger = library_logger()
 
@@ -74,6 +74,12 @@ class LGPTrainer(Trainer):
             refuse_incompatible(self.args, self.model)
 
     @property
+    def _lgp_model(self) -> nn.Module:
+        """The model outside of any wrapper."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    @property
     def _lgp_steps(self) -> dict[str, int]:
         return {"exact": 0, "predicted": 0} if self._lgp is None else self._lgp.steps
 
@@ -107,8 +113,8 @@ class LGPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         batch = self._prepare_inputs(inputs)
         examples, size = examples_of(batch), float(entries_of(batch))
-        if session.method is None and session.refused is None and examples >= 2:
-            self._lgp_begin(session, batch, num_items_in_batch)
+        if session.unchecked(trained := sum(p.requires_grad for p in self._lgp_model.parameters())) and examples >= 2:
+            self._lgp_begin(session, batch, num_items_in_batch, trained)
         plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps)
         # Compiled code would not see the splice.
         eager = (
@@ -120,6 +126,8 @@ class LGPTrainer(Trainer):
             with eager, session.step(plan, examples, size):
                 loss = super().training_step(model, batch, num_items_in_batch)
         except SpliceError as error:
+            if self.args.world_size > 1:  # the other processes would wait for this one
+                raise RuntimeError(f"Of this model, {error}. Use `lgp_control_fraction=1` to train exactly.") from error
             session.refused = f"{error}"
             logger.warning(f"LGPTrainer trains exactly from step {self.state.global_step} on: of this model, {error}.")
             return self.training_step(model, inputs, num_items_in_batch)
@@ -127,36 +135,48 @@ class LGPTrainer(Trainer):
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
         return loss
 
-    def _lgp_begin(self, session: Session, batch: Any, num_items_in_batch: Tensor | int | None) -> None:
+    def _lgp_begin(self, session: Session, batch: Any, num_items_in_batch: Tensor | int | None, trained: int) -> None:
         """Find and verify a way to predict the model's gradients."""
-        settings, model = self._lgp_settings, self.model
-        assert isinstance(model, nn.Module)
+        settings, model = self._lgp_settings, self._lgp_model
 
         def loss(count: int) -> Tensor:
             with self.compute_loss_context_manager():
                 result = self.compute_loss(model, few_of(batch, count), num_items_in_batch=num_items_in_batch)
             return result[0] if isinstance(result, tuple) else result
 
+        def works(count: int) -> bool:
+            try:
+                with torch.no_grad(), unrandom():
+                    loss(count)
+                return True
+            except Exception as error:
+                if should_reduce_batch_size(error):
+                    raise
+                return False
+
         method: Method | None = None
         reason: str | None = None
+        needed = True
         half = self.args.bf16 or self.args.fp16 or any(p.dtype.itemsize < 4 for p in model.parameters())
         try:
             if settings.predictor == "linear":
                 method = linear_predictor(model, settings, self.args.device)
             else:
-                count = min(_CHECKED, examples_of(batch))
+                examples = examples_of(batch)
+                # Some losses want a whole batch.
+                count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                 method = row_walk(model, loss, count, settings.groups, intercepted_attention, half)
         except UnknownBlock as error:
-            reason = str(error)
+            reason, needed = str(error), not isinstance(error, NothingTrained)
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
             if self.args.auto_find_batch_size:
                 raise
             reason, self._lgp_exhausted = "memory ran out in its check", True
-        if (reason := session.use(method, reason)) is None:
+        if (reason := session.use(method, reason, trained)) is None:
             return
-        if settings.demanded:
+        if settings.demanded and needed:
             raise ValueError(
                 f"The gradients of this model cannot be predicted: {reason}. Use `lgp_control_fraction=1` to train exactly, or leave "
                 "`lgp_control_fraction` and `lgp_predictor` at their defaults, which do that by themselves."

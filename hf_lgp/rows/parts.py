@@ -61,6 +61,10 @@ class UnknownBlock(ValueError):
     """A block whose attention cannot be followed on a few rows; the message says why."""
 
 
+class NothingTrained(UnknownBlock):
+    """There is no gradient to predict, for the time being."""
+
+
 @contextmanager
 def forward_replaced(*replacements: tuple[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """A context in which modules have other forwards; what they had is put back at its end."""
