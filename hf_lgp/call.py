@@ -13,9 +13,10 @@ from torch import Tensor
 from .control.measurement import GroupSpread, GroupSums
 from .control.plan import StepPlan, draw_order, identity_order, private_seed
 from .estimator import control_size
+from .rows.block import noting
 from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
 from .rows.parts import BlockParts, Intercept
-from .rows.walk import noting, replayed_autocast, walk
+from .rows.walk import walk
 from .sealed import Sealed, SpliceError
 from .splice import Combine, Grouped, Predicted
 
@@ -151,7 +152,8 @@ class Call:
 
     def _walk(self, notes: Sequence[BlockNotes], delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         needs_input, how = self.h0.requires_grad, self.how
-        with replayed_autocast(*self.autocast):
+        device, dtype, enabled = self.autocast  # the forward's: a backward runs outside it
+        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
             return walk(self.parts, notes, delta, self.parameters, how.groups, needs_input, how.intercept)
 
     def _predict(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .call import Call, HowToWalk, Observed
 from .control.plan import StepPlan
+from .rows.block import first_row_of_block
 from .rows.notes import map_tensors
 from .rows.parts import (
     BlockParts,
@@ -29,7 +30,6 @@ from .rows.parts import (
     find_parts,
     forward_replaced,
 )
-from .rows.walk import first_row_of_block
 from .sealed import FirstRow, Sealed, SpliceError
 
 

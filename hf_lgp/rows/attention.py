@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -44,7 +45,7 @@ class FoldedAttention(torch.autograd.Function):
             if bias is not None:
                 scores = (scores.view(m, s, heads, -1) + bias).view(m, s * heads, -1)
             p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(x.dtype)
-            used = p if kept is None else p * kept.view_as(p)
+            used = p if kept is None else p * kept.reshape(p.shape)
             pooled = (used @ x).view(m, s, heads, -1)
             out = _by_head(pooled, value.mT, value_bias)
         ctx.save_for_backward(q, key, value, x, turned, folded, p, used, kept, pooled)
@@ -60,7 +61,7 @@ class FoldedAttention(torch.autograd.Function):
         from_values = _by_head(grad, value).view_as(folded)
         d_p = from_values @ turned
         if kept is not None:
-            d_p = d_p * kept.view_as(d_p)
+            d_p = d_p * kept.reshape(d_p.shape)
         d_scores = aten._softmax_backward_data(d_p, p, -1, p.dtype)
         d_folded = (d_scores @ x).view_as(pooled)
         d_x = torch.bmm(d_scores.mT, folded).baddbmm_(used.mT, from_values) if ctx.needs_input_grad[4] else None
@@ -78,6 +79,47 @@ class FoldedAttention(torch.autograd.Function):
             None,
             None if ctx.key_bias is None else grad.new_zeros(ctx.key_bias),
         )
+
+
+Affine = tuple[Tensor, Tensor | None]
+"""Weight and bias of a linear layer."""
+
+
+def attend_folded(
+    query: Tensor, x: Tensor, key: Affine, value: Affine, bias: Tensor | None, kept: Tensor | None
+) -> Tensor:
+    """Attention of a few rows to all, keys and values being linear in ``x``.
+
+    Args:
+        query: Scaled queries, shape ``(m, H, S, d)``.
+        x: What keys and values are made of, shape ``(m, T, D)``.
+        key: Weight ``(H d, D)`` and bias of the layer that would make the keys.
+        value: The same for values.
+        bias: What is added to scores, broadcastable to ``(m, H, S, T)``; or None.
+        kept: What dropout leaves of the probabilities, shape ``(m, H, S, T)``; or None.
+
+    Returns:
+        Shape ``(m, S, H, d)``.
+    """
+    _, heads, _, d = query.shape
+    dtype = query.dtype
+    k, v = (weight.to(dtype).view(heads, d, -1) for weight, _ in (key, value))
+    b = None if value[1] is None else value[1].to(dtype).view(heads, 1, d)
+    bias, kept = (None if t is None else t.transpose(1, 2) for t in (bias, kept))
+    return FoldedAttention.apply(query.transpose(1, 2).contiguous(), k, v, b, x.to(dtype), bias, kept, key[1])
+
+
+def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, kept: Tensor | None) -> Tensor:
+    """The same with keys and values of all rows, shape ``(m, H, T, d)``."""
+    scores = query @ keys.mT
+    scores = scores if bias is None else scores + bias
+    p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return ((p if kept is None else p * kept) @ values).transpose(1, 2)
+
+
+def dropped(ones: Tensor, p: float) -> Tensor | None:
+    """What dropout leaves of ones: 0 or ``1 / (1 - p)``; None where it is off."""
+    return F.dropout(ones, p) if p > 0.0 else None
 
 
 def _heads_first(rows: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""A block on a few rows: what it notes of its forward, and how it is run again on some of its rows while its attention reads all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend_folded, attend_plainly, dropped, rows_of_bias
+from .norms import norm_of_means, noted_norm
+from .notes import BlockNotes, StreamNotes
+from .parts import BlockParts, Intercept, forward_replaced
+
+_Forward = Callable[..., Any]
+
+
+@contextmanager
+def noting(parts: BlockParts) -> Iterator[Callable[[], StreamNotes]]:
+    """A context in which a block notes what :func:`run_rows` needs; gives a function that tells what was noted."""
+    active = [dropout for dropout in parts.dropouts if dropout.training and 0.0 < dropout.p < 1.0]
+    scales: dict[nn.Module, list[Tensor]] = {norm: [] for norm in parts.norms}
+    kept: dict[nn.Module, list[Tensor]] = {dropout: [] for dropout in active}
+
+    def norm_forward(norm: nn.LayerNorm) -> _Forward:
+        def forward(rows: Tensor) -> Tensor:
+            if rows.dim() != 3:
+                return type(norm).forward(norm, rows)
+            out, scale = noted_norm(norm, rows)
+            scales[norm].append(scale)
+            return out
+
+        return forward
+
+    def dropout_forward(dropout: nn.Dropout) -> _Forward:
+        def forward(rows: Tensor) -> Tensor:
+            out = type(dropout).forward(dropout, rows)
+            if rows.dim() == 3:
+                with torch.no_grad():
+                    kept[dropout].append((out[:, :1] != 0).to(out.dtype) / (1.0 - dropout.p))
+            return out
+
+        return forward
+
+    replaced = [(norm, norm_forward(norm)) for norm in parts.norms] + [(d, dropout_forward(d)) for d in active]
+    with forward_replaced(*replaced):
+        yield lambda: StreamNotes({m: tuple(t) for m, t in scales.items()}, {m: tuple(t) for m, t in kept.items()})
+
+
+class _Read(BaseException):
+    """Leaves an attention module once it has made its keys and values."""
+
+
+def run_rows(
+    parts: BlockParts,
+    notes: BlockNotes,
+    x: Tensor,
+    rows: Tensor,
+    normal: Tensor | None,
+    weights: Tensor | None,
+    intercept: Intercept,
+) -> Any:
+    """A block's output for a few rows, its attention reading all rows.
+
+    Args:
+        parts: The block.
+        notes: What was noted of its forward.
+        x: What keys and values are made of, shape ``(m, T, D)``.
+        rows: The rows to follow, shape ``(m, S, D)``.
+        normal: The same after the block's front norm; None where it has none.
+        weights: What they consist of, shape ``(m, T, S)``; None for the first row alone, whose output is then the model's own.
+        intercept: Gives a context in which attention goes to another function.
+
+    Returns:
+        What the block returns: rows of shape ``(m, S, D)``, or a tuple that begins with them.
+    """
+    made: list[Tensor] = []  # keys and values of all rows, where they do not fold
+
+    def attend(
+        plain: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+    ) -> Any:
+        scale = kwargs.get("scaling")
+        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+        bias = rows_of_bias(mask, weights, query.dtype)
+        # The exact forward of the first row has the model's dropout; the walk its expectation, none.
+        p = 0.0 if weights is not None else kwargs.get("dropout", 0.0)
+        kept = dropped(query.new_ones(*query.shape[:3], x.shape[1]), p)
+        if parts.key is not None and parts.value is not None:
+            key_layer, value_layer = ((layer.weight, layer.bias) for layer in (parts.key, parts.value))
+            return attend_folded(query, x, key_layer, value_layer, bias, kept), None
+        if not made:
+            made.extend((key, value))
+            raise _Read
+        return attend_plainly(query, made[0], made[1], bias, kept), None
+
+    replaced: list[tuple[nn.Module, _Forward]] = [(d, _dropout_of_rows(d, notes)) for d in parts.dropouts]
+    if parts.front is not None:
+        replaced.append((parts.front, lambda _: normal))
+    if weights is not None:
+        replaced += [(norm, _norm_of_rows(norm, notes, weights)) for norm in parts.norms]
+    if parts.key is None or parts.value is None:
+        attention, of_all = parts.attention.forward, [(d, _dropout_of_all(d, weights)) for d in parts.dropouts]
+
+        def attention_of_rows(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with forward_replaced(*of_all), suppress(_Read):
+                attention(x, *args, **kwargs)  # makes keys and values in its own way
+            return attention(first, *args, **kwargs)
+
+        replaced.append((parts.attention, attention_of_rows))
+    else:  # the followed rows need no keys and values of their own
+        replaced += [(layer, _unmade(layer.out_features)) for layer in (parts.key, parts.value)]
+    with forward_replaced(*replaced), _without_checkpoint(parts.block), intercept(attend):
+        # Its class's forward, not one that was put in its place.
+        return type(parts.block).forward(parts.block, rows, *notes.args, **notes.kwargs)
+
+
+def first_row_of_block(
+    parts: BlockParts, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], intercept: Intercept
+) -> Any:
+    """A block's output for the first row of every example, exact, with a graph.
+
+    Args:
+        parts: The block.
+        hidden: Rows that enter it, shape ``(m, T, D)``.
+        args: Its other arguments.
+        kwargs: Those given by name.
+        intercept: Gives a context in which attention goes to another function.
+
+    Returns:
+        What the block returns: rows of shape ``(m, 1, D)``, or a tuple that begins with them.
+    """
+    x = hidden if parts.front is None else parts.front(hidden)
+    normal = None if parts.front is None else x[:, :1]
+    notes = BlockNotes(hidden, args, kwargs, frozenset(), StreamNotes({}, {}))
+    return run_rows(parts, notes, x, hidden[:, :1], normal, None, intercept)
+
+
+def _unmade(width: int) -> _Forward:
+    return lambda rows: rows.new_zeros(()).expand(*rows.shape[:-1], width)
+
+
+def _norm_of_rows(norm: nn.LayerNorm, notes: BlockNotes, weights: Tensor) -> _Forward:
+    scales = iter(notes.stream.scales[norm])
+
+    def forward(rows: Tensor) -> Tensor:
+        if rows.dim() != 3:
+            return type(norm).forward(norm, rows)
+        return norm_of_means(norm, rows, weights.mT @ next(scales).to(weights.dtype))
+
+    return forward
+
+
+def _dropout_of_rows(dropout: nn.Dropout, notes: BlockNotes) -> _Forward:
+    """The first row meets the dropout that it met in the forward; a mean of rows its expectation, none."""
+    noted: Sequence[Tensor] = notes.stream.kept.get(dropout, ())
+    kept = iter(noted)
+
+    def forward(rows: Tensor) -> Tensor:
+        if not noted:
+            return type(dropout).forward(dropout, rows)
+        return rows if rows.dim() != 3 else torch.cat([rows[:, :1] * next(kept), rows[:, 1:]], 1)
+
+    return forward
+
+
+def _dropout_of_all(dropout: nn.Dropout, weights: Tensor | None) -> _Forward:
+    """In front of keys and values of all rows: the model's own where the forward is exact, its expectation in the walk."""
+    return (lambda rows: rows) if weights is not None else lambda rows: type(dropout).forward(dropout, rows)
+
+
+@contextmanager
+def _without_checkpoint(block: nn.Module) -> Iterator[None]:
+    """A few rows need no activation checkpointing."""
+    before = block.__dict__.get("gradient_checkpointing", False)
+    if before:
+        block.__dict__["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        if before:
+            block.__dict__["gradient_checkpointing"] = before
