@@ -180,8 +180,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set(xlim=(0, None))
     logs = [c["log"] for c in by_seed(cells, shown).values()] if shown else []
     for name, label, colour in (
-        ("lgp_fraction", "control fraction", "C2"),
-        ("lgp_rho2", "share of variance explained, $\\rho^2$", "C3"),
+        ("lgp/fraction", "control fraction", "C2"),
+        ("lgp/variance_explained", "share of variance explained", "C3"),
     ):
         readings: dict[float, list[float]] = {}
         for entry in (entry for log in logs for entry in log if name in entry):

@@ -27,6 +27,12 @@ VITS: dict[str, dict[str, int]] = {
     "cifar-145": dict(
         image_size=48, patch_size=4, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512
     ),
+    "cifar-101": dict(
+        image_size=40, patch_size=4, hidden_size=160, num_hidden_layers=5, num_attention_heads=5, intermediate_size=640
+    ),
+    "width-384x6": dict(
+        image_size=32, patch_size=4, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
+    ),
     "digits-tiny": dict(
         image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     ),

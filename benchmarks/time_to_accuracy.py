@@ -75,8 +75,6 @@ class Watch(TrainerCallback):
             if step in self.points:
                 self._read(step, model, args.device)
             if self.turns.over:
-                # Waiting is no part of a step, and this is how LGPTrainer sees where one ends.
-                evaluate(model, tuple(part[:1] for part in self.task.test), args.device, self.options.bf16)
                 self.turns.wait()
             self.started = self._now(args.device)
 
@@ -141,7 +139,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
         metrics = trainer.train().metrics
         peak = peak_memory(args.device) - before
     history = trainer.state.log_history
-    log = [{k: v for k, v in e.items() if k in ("step", "loss") or k.startswith("lgp_")} for e in history[:-1]]
+    log = [{k: v for k, v in e.items() if k in ("step", "loss") or k.startswith("lgp/")} for e in history[:-1]]
     return {
         "arm": arm,
         "seed": seed,
@@ -155,7 +153,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
             load,
             os.getloadavg()[0],
         ],  # above the number of threads: the machine was shared, and times tell little
-        "largest_correction": getattr(trainer, "largest_correction", None),
+        "micro_batches": getattr(trainer, "_lgp_steps", None),
         "curve": watch.curve,
         "log": log,
         "last_entry": history[-1],
