@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import EvalPrediction, HfArgumentParser, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp import LGPTrainingArguments
 
 ACCURACY = Path(__file__).parent / "metrics" / "accuracy" / "accuracy.py"
 
@@ -122,26 +122,28 @@ def resume_point(training_args: LGPTrainingArguments) -> str | bool | None:
     return wanted
 
 
-def predicted_share(history: Sequence[dict[str, float]]) -> float | None:
-    """Share of the steps that used predicted gradients, as last logged; None if no log has it."""
-    exact = [entry["lgp_exact_share"] for entry in history if "lgp_exact_share" in entry]
-    return 1.0 - exact[-1] if exact else None
+def last_readings(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The last value of every ``lgp/`` reading that was logged, by name without that prefix."""
+    return {
+        name.removeprefix("lgp/"): value
+        for entry in history
+        for name, value in entry.items()
+        if name.startswith("lgp/")
+    }
 
 
 def report(trainer: Trainer, accuracy: float | None, held_out: str) -> None:
     """Print what a user wants to know at the end; ``held_out`` says of how many examples of what."""
-    share = predicted_share(trainer.state.log_history)
-    if not isinstance(trainer, LGPTrainer):
-        steps = "none: trained with --trainer exact"
-    elif share is None:
-        steps = "unknown: nothing was logged (lower --logging_steps)"
-    else:
-        steps = f"{share:.1%}"
+    readings = last_readings(trainer.state.log_history)
+    fraction = readings.get("fraction", 1.0)
+    exact = f"{fraction:g} of every batch at the end" if fraction < 1.0 else "all of every batch at the end"
     print(f"\n  checkpoint              {trainer.args.output_dir}")
     if accuracy is not None:
         print(f"  held-out accuracy       {accuracy:.2%} of {held_out}")
     if trainer.args.do_train:
-        print(f"  steps with predictions  {steps}")
+        print(f"  exact gradients         {exact}")
+    if (saved := readings.get("seconds_saved")) is not None:
+        print(f"  time saved, estimated   {saved:.0f} s")
 
 
 def run(

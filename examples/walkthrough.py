@@ -49,7 +49,7 @@ model = ViTForImageClassification(config)
 # %% [markdown]
 # ## Will it pay?
 #
-# The probe trains a copy for a few dozen steps and tells what a prediction costs, how much of the gradient's variance it explains, block by block, and what follows.
+# The probe trains a copy for a few dozen steps and tells what a step with predictions costs, how much of the gradient's variance predictions explain, and what follows.
 
 # %%
 from hf_lgp import LGPTrainer, LGPTrainingArguments, probe
@@ -57,11 +57,11 @@ from hf_lgp import LGPTrainer, LGPTrainingArguments, probe
 folder = tempfile.mkdtemp()
 args = LGPTrainingArguments(
     folder,
-    num_train_epochs=20,
+    num_train_epochs=8,
     per_device_train_batch_size=64,
     learning_rate=2e-3,
     warmup_steps=20,
-    logging_steps=46,
+    logging_steps=23,
     report_to="none",
     save_strategy="no",
     disable_tqdm=True,
@@ -86,7 +86,7 @@ print(trainer.evaluate())
 # %%
 for entry in trainer.state.log_history:
     if "loss" in entry:
-        print({name: entry[name] for name in ("step", "loss", "lgp_fraction", "lgp_rho2", "lgp_price")})
+        print({name: value for name, value in entry.items() if name in ("step", "loss") or name.startswith("lgp/")})
 
 # %% [markdown]
 # ## A fixed fraction

@@ -118,7 +118,10 @@ class Call:
             rests.append(out[1:] if isinstance(out, tuple) else None)
             if any(item is not None for item in rests[-1] or ()):
                 raise SpliceError("its blocks return more than their rows")
-            return out[0] if isinstance(out, tuple) else out
+            out = out[0] if isinstance(out, tuple) else out
+            if out is stream:
+                raise SpliceError("its blocks are left out at random")
+            return out
 
         self.streams = [run(*each, graph=True) for each in zip(self.streams, self.slices, strict=True)]
         if not self.whole:

@@ -17,8 +17,7 @@ from unittest.mock import patch
 from torch import nn
 from transformers import Trainer
 
-from .compatibility import refuse_incompatible
-from .probing import probe
+from .probe import probe
 from .trainer import LGPTrainer
 
 
@@ -79,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.script} ended without calling `Trainer.train`.", file=sys.stderr)
         return 1
     try:
-        refuse_incompatible(trainer.args, trainer.model)
         report = probe(
             trainer.model,
             trainer.train_dataset,
@@ -87,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data_collator=trainer.data_collator,
             processing_class=trainer.processing_class,
             compute_loss_func=trainer.compute_loss_func,
+            # Bound to the script's own trainer, with whatever it keeps for it.
+            **({} if type(trainer).compute_loss is Trainer.compute_loss else {"compute_loss": trainer.compute_loss}),
         )
     except ValueError as error:
         print(error, file=sys.stderr)

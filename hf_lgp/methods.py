@@ -20,6 +20,9 @@ from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
 from .verify import evaluating, unrandom, verified
 
+_LEARNT = 4
+"""One in so many exact steps that the linear predictor goes on learning from."""
+
 
 class Method(Protocol):
     """A way to predict gradients, ready for one model."""
@@ -29,8 +32,11 @@ class Method(Protocol):
         """Whether some stack's last block can be run on the first row only."""
 
     @property
-    def learns(self) -> bool:
-        """Whether it takes part in plain exact steps, too."""
+    def ready(self) -> bool:
+        """Whether it can predict already."""
+
+    def learns_from(self, plan: StepPlan) -> bool:
+        """Whether it takes part in a step that is plain otherwise."""
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan."""
@@ -49,12 +55,16 @@ class RowWalk:
     stacks: tuple[Stack, ...]
     how: HowToWalk
 
-    learns = False
+    ready = True
 
     @property
     def has_first_row(self) -> bool:
         """Whether some stack's last block can be run on the first row only."""
         return any(stack.first_row_only for stack in self.stacks)
+
+    def learns_from(self, plan: StepPlan) -> bool:
+        """Never: the walk learns nothing."""
+        return False
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan."""
@@ -100,9 +110,13 @@ class LinearMethod:
     has_first_row = False
 
     @property
-    def learns(self) -> bool:
-        """Whether it takes part in exact steps, too, to learn from them: until it can predict."""
-        return not self.predictor.ready
+    def ready(self) -> bool:
+        """Whether it was fitted."""
+        return self.predictor.ready
+
+    def learns_from(self, plan: StepPlan) -> bool:
+        """Until it is ready from every exact step, then from some: the others are for timing."""
+        return not self.ready or plan.seed % _LEARNT == 0
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan, and the predictor learns."""

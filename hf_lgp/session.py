@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .control.clock import Lap, mark
-from .control.controller import PERIOD, Controller, Rules, key_of
+from .control.controller import PERIOD, Controller, Rules
 from .control.exchange import holds_everywhere, mean_over_processes, processes
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
@@ -113,7 +113,7 @@ class Session:
 
     def splices(self, plan: StepPlan) -> bool:
         """Whether the model is run in another way than ``Trainer`` does."""
-        return self.method is not None and (self.method.learns or not plan.plain)
+        return self.method is not None and (not plan.plain or self.method.learns_from(plan))
 
     @contextmanager
     def step(self, plan: StepPlan, examples: int, size: float) -> Iterator[None]:
@@ -144,18 +144,19 @@ class Session:
         if self.controller.seen % PERIOD or not self._readings:
             return
         if self.device.type != "cuda":
-            self._use(self._readings, mean_over_processes(self._numbers(self._readings)), step)
+            self._absorb(self._readings, mean_over_processes(self._numbers(self._readings)))
         else:
             if self._staged is not None:
                 readings, numbers, event = self._staged
                 event.synchronize()
-                self._use(readings, numbers, step)
+                self._absorb(readings, numbers)
             numbers = mean_over_processes(self._numbers(self._readings).to(self.device, non_blocking=True))
             host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._staged = self._readings, host, event
         self._readings = []
+        self.controller = self.controller.decided(self.rules, step)
 
     def _numbers(self, readings: list[_Reading]) -> Tensor:
         """All numbers of some readings as one vector."""
@@ -163,7 +164,7 @@ class Session:
         spreads = [torch.cat([s.residual, s.total]) for r in readings for s in r.spreads]
         return torch.cat([torch.tensor(units, dtype=torch.float32, device=self.device), *spreads])
 
-    def _use(self, readings: list[_Reading], numbers: Tensor, step: int) -> None:
+    def _absorb(self, readings: list[_Reading], numbers: Tensor) -> None:
         values, controller = numbers.tolist(), self.controller
         units, values = values[: len(readings)], values[len(readings) :]
         for reading, unit in zip(readings, units, strict=True):
@@ -176,7 +177,7 @@ class Session:
                 residual, total, values = residual + values[:n], total + values[n : 2 * n], values[2 * n :]
             if total:
                 controller = controller.measured(residual, total, reading.plan.measure, reading.at)
-        self.controller = controller.decided(self.rules, step)
+        self.controller = controller
 
     # -- figures and state ---------------------------------------------------------------------------------------------
 
@@ -198,14 +199,16 @@ class Session:
         return {name: round(value, 6) for name, value in figures.items()}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint needs: tensors, and numbers as JSON knows them."""
-        controller = self.controller
-        numbers = {
-            "controller": controller.state_dict(),
-            "steps": self.steps,
-            "pending": list(map(_entry_of, self._readings)),
-        }
-        return ({} if self.method is None else self.method.state_dict()), numbers
+        """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""
+        if self._staged is not None:
+            readings, numbers, event = self._staged
+            event.synchronize()
+            self._absorb(readings, numbers)
+        if self._readings:
+            self._absorb(self._readings, mean_over_processes(self._numbers(self._readings)))
+        self._staged, self._readings = None, []
+        state = {"controller": self.controller.state_dict(), "steps": self.steps}
+        return ({} if self.method is None else self.method.state_dict()), state
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; tensors go to the method once the model is verified.
@@ -215,25 +218,4 @@ class Session:
         """
         self.controller = Controller.from_state_dict(numbers["controller"])
         self.steps = {name: int(numbers["steps"][name]) for name in self.steps}
-        self._readings = [_reading_of(entry, self.device) for entry in numbers["pending"]]
         self._learnt = tensors
-
-
-def _entry_of(reading: _Reading) -> dict[str, Any]:
-    spreads = [[s.residual.tolist(), s.total.tolist()] for s in reading.spreads]
-    return {
-        "key": key_of(reading.plan),
-        "measure": reading.plan.measure,
-        "at": reading.at,
-        "size": reading.size,
-        "seconds": reading.lap.seconds(),
-        "spreads": spreads,
-    }
-
-
-def _reading_of(entry: Mapping[str, Any], device: torch.device) -> _Reading:
-    fraction, *words = entry["key"].split(" ", 1)
-    kind = words[0] if words else ""
-    plan = StepPlan(float(fraction), entry["measure"], "first row" in kind)
-    spreads = tuple(GroupSpread(*(torch.tensor(v, device=device) for v in pair)) for pair in entry["spreads"])
-    return _Reading(plan, entry["at"], entry["size"], Lap(0.0, float(entry["seconds"])), spreads)

@@ -23,7 +23,7 @@ from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
 from .state_files import StateFileError, read_state, write_state
-from .verify import entries_of, examples_of, few_of, unrandom
+from .verify import entries_of, evaluating, examples_of, few_of, unrandom
 
 logger = library_logger()
 
@@ -146,7 +146,7 @@ class LGPTrainer(Trainer):
 
         def works(count: int) -> bool:
             try:
-                with torch.no_grad(), unrandom():
+                with torch.no_grad(), unrandom(), evaluating(model):
                     loss(count)
                 return True
             except Exception as error:
@@ -231,8 +231,10 @@ class LGPTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._lgp is not None and self.args.should_save:
-            write_state(output_dir, *self._lgp.state_dict())
+        if self._lgp is not None:
+            state = self._lgp.state_dict()  # of all processes together
+            if self.args.should_save:
+                write_state(output_dir, *state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

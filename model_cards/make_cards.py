@@ -24,14 +24,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_lgp.card_section import duration
-from hf_lgp.model_card import TASKS, evaluation_results
+from hf_lgp.report.card_section import duration
+from hf_lgp.report.model_card import TASKS, evaluation_results
 
 HERE = Path(__file__).parent
 
 _VIT_145 = (
-    "--image_size 48 --patch_size 4 --max_train_samples 16000 --num_train_epochs 4 --per_device_train_batch_size 128 "
-    "--learning_rate 1e-3 --warmup_steps 30 --bf16 --attn_implementation eager --logging_steps 25"
+    "--image_size 48 --patch_size 4 --max_train_samples 4000 --num_train_epochs 3 --per_device_train_batch_size 64 "
+    "--learning_rate 1e-3 --warmup_steps 20 --logging_steps 15"
 )
 _CIFAR = "--train_file cifar10/train.parquet --validation_file cifar10/test.parquet"
 _COMMON = "--per_device_eval_batch_size 250 --save_strategy no --report_to none --disable_tqdm true --use_cpu"
@@ -44,11 +44,6 @@ RUNS: dict[str, tuple[str, str]] = {
     ),
     "cifar10-vit-exact": ("cifar10", f"{_CIFAR} {_VIT_145} --trainer exact"),
     "cifar10-vit-lgp": ("cifar10", f"{_CIFAR} {_VIT_145}"),
-    "digits-vit-finetuned-lgp": (
-        "scikit-learn digits",
-        "--model_name_or_path outputs/cifar10-vit-lgp --num_train_epochs 12 --per_device_train_batch_size 64 --learning_rate 3e-4 "
-        "--bf16 --attn_implementation eager --random_crop_padding 3 --logging_steps 23",
-    ),
 }
 """Name: the data set's, and the arguments of the example script."""
 

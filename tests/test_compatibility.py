@@ -71,7 +71,6 @@ def test_model_parallelism_of_sagemaker_is_refused(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (resnet, "BatchNorm.*GroupNorm"),
         (lambda: vit_with(quantization_method="bitsandbytes"), "quantised.*unquantised"),
         (lambda: vit_with(is_quantized=True), "quantised.*unquantised"),
         (lambda: vit_with(_tp_size=2), "tensor parallelism.*tp_plan"),
@@ -85,12 +84,43 @@ def test_models_that_rule_predictions_out(model: Any, message: str, tmp_path: Pa
 
 def test_a_trainer_refuses_at_construction_and_at_every_train(tmp_path: Path) -> None:
     data = TinyImages(8, dtype=torch.float32)
-    with pytest.raises(ValueError, match="BatchNorm"):
-        LGPTrainer(resnet(), arguments(tmp_path), train_dataset=data)
+    with pytest.raises(ValueError, match="spreads it"):
+        LGPTrainer(vit_with(hf_device_map={"vit": 0, "classifier": 1}), arguments(tmp_path), train_dataset=data)
     trainer = LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path), train_dataset=data)
-    trainer.args.optim = "lomo"
-    with pytest.raises(ValueError, match="lomo"):
+    trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    with pytest.raises(ValueError, match="use_reentrant"):
         trainer.train()
+
+
+def test_a_batch_norm_within_blocks_couples_examples(tmp_path: Path) -> None:
+    class OfRows(nn.BatchNorm1d):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return super().forward(rows.transpose(1, 2)).transpose(1, 2)
+
+    model = tiny_vit(torch.float32)
+    model.vit.layers[0].layernorm_before = OfRows(8)
+    settings = arguments(tmp_path, lgp_control_fraction=0.5, disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"BatchNorm.*couples the examples.*lgp_control_fraction=1"):
+        LGPTrainer(model, settings, train_dataset=TinyImages(8, dtype=torch.float32)).train()
+
+
+def normalised(folder: Path) -> LGPTrainer:
+    """A run of two steps of a model with a BatchNorm in its head."""
+    model = tiny_vit(torch.float32)
+    model.classifier = nn.Sequential(nn.BatchNorm1d(8), model.classifier)
+    settings = arguments(folder, lgp_control_fraction=0.5, max_steps=2, disable_tqdm=True)
+    trainer = LGPTrainer(model, settings, train_dataset=TinyImages(8, dtype=torch.float32))
+    trainer.train()
+    return trainer
+
+
+def test_batch_norms_elsewhere_see_every_example(tmp_path: Path) -> None:
+    """Behind the blocks there is ordinary autograd on the whole batch: nothing stands against predictions."""
+    assert normalised(tmp_path)._lgp_steps == {"exact": 0, "predicted": 2}
+
+
+def test_the_check_of_a_model_leaves_its_statistics_alone(tmp_path: Path) -> None:
+    assert normalised(tmp_path).model.classifier[0].num_batches_tracked == 2
 
 
 def test_fraction_one_trains_what_predictions_refuse(tmp_path: Path) -> None:

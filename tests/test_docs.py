@@ -1,8 +1,9 @@
-"""Every Python block of README and docs runs, and every file they link to exists."""
+"""Every Python block of README and docs runs, links lead somewhere, arguments and log keys are documented, and nothing speaks of what is gone."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny import TinyImages, tiny_vit
 
-from hf_lgp import LGPTrainingArguments
+from hf_lgp import LGPSettings, LGPTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +20,11 @@ BLOCKS = [
     for path in DOCUMENTS
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
 ]
+RETIRED = re.compile(
+    r"lgp_(head|class_path|memory_steps|observe_\w+|refit_steps|basis_steps|warmup_examples|rho2|exact_share|coverage|price)\b"
+    r"|HeadNotFoundError|SpliceBypassedError|[Cc]lass[- ]token path|injection\.py|class_path\.py"
+)
+"""Names that nothing has any more."""
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -33,9 +39,6 @@ def test_a_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Mon
         report_to="none",
         save_strategy="no",
         lgp_exact_steps=0,
-        lgp_warmup_examples=16,
-        lgp_window=32,
-        lgp_rank=3,
     )
     names: dict[str, Any] = {"model": tiny_vit(torch.float32), "args": args, "data": data, "train_dataset": data}
     exec(compile(block, "block", "exec"), names)
@@ -46,7 +49,62 @@ def test_there_are_blocks() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_to_files_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-        if not target.startswith(("http://", "https://")):
-            assert (path.parent / target).exists(), target
+def test_links_to_files_and_sections_lead_somewhere(path: Path) -> None:
+    for target, section in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        found = path.parent / target if target else path
+        assert found.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.*)", found.read_text(encoding="utf-8"), re.M)
+            assert section in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, section
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    readme = DOCUMENTS[0].read_text(encoding="utf-8")
+    for path in DOCUMENTS[1:]:
+        assert f"]({path.relative_to(ROOT)})" in readme, path.name
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tuning.md"])
+def test_every_argument_is_documented(name: str) -> None:
+    text, default = (ROOT / name).read_text(encoding="utf-8"), LGPSettings()
+    for setting in fields(LGPSettings):
+        assert f"`lgp_{setting.name}`" in text, setting.name
+        if name == "README.md" and setting.name != "exact_steps":
+            value = getattr(default, setting.name)
+            shown = f"`{value}`" if isinstance(value, str) else f"{value:g}"
+            assert f"| `lgp_{setting.name}` | {shown} |" in text, "the default in the table is another one"
+    assert set(re.findall(r"`lgp_(\w+)`", text)) <= {setting.name for setting in fields(LGPSettings)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tuning.md"])
+def test_log_keys_are_documented(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for key in ("fraction", "variance_explained", "variance", "step_time", "seconds_saved"):
+        assert f"`lgp/{key}`" in text, key
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*DOCUMENTS, *sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "hf_lgp").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_nothing_speaks_of_what_is_gone(path: Path) -> None:
+    assert RETIRED.search(path.read_text(encoding="utf-8")) is None
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.parent.name == "docs"], ids=lambda path: path.name)
+def test_files_and_names_in_code_marks_exist(path: Path) -> None:
+    """Of the package: ``module.py``, and ``folder/module.py``, are files of it."""
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", path.read_text(encoding="utf-8")):
+        assert (ROOT / "hf_lgp" / name).is_file() or (ROOT / name).is_file(), name
+
+
+def test_the_readme_fits() -> None:
+    lines = DOCUMENTS[0].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    start, end = (
+        lines.index(mark) for mark in ("<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->")
+    )
+    assert start < end < 40

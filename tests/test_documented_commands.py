@@ -91,7 +91,8 @@ def test_commands_are_found() -> None:
     assert Counter(command.path.name for command in COMMANDS) == {
         "README.md": 6,
         "CONTRIBUTING.md": 1,
-        "recipes.md": 8,
+        "recipes.md": 9,
+        "tuning.md": 1,
         "swap.py": 1,
         "train_text.py": 2,
         "train_vit.py": 3,
@@ -129,8 +130,9 @@ def test_what_a_command_needs_is_said_beside_it(command: Command) -> None:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a fresh clone beside the user's own data."""
     folder = tmp_path_factory.mktemp("clone")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in tracked.splitlines():
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in filter(lambda name: (ROOT / name).is_file(), names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / ".venv").mkdir()  # the environment of this process, which `make` takes for its own

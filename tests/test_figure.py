@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lgp.figure import draw_history, series
-from hf_lgp.figure_callback import FigureCallback
+from hf_lgp.report.figure import draw_history, series
+from hf_lgp.report.figure_callback import FigureCallback
 
 HISTORY: list[dict[str, Any]] = [
-    {"step": 10, "loss": 2.0, "lgp_fraction": 1.0, "lgp_rho2": 0.0},
-    {"step": 20, "loss": 1.5, "lgp_fraction": 0.25, "lgp_rho2": 0.8},
+    {"step": 10, "loss": 2.0, "lgp/fraction": 1.0},
+    {"step": 20, "loss": 1.5, "lgp/fraction": 0.25, "lgp/variance_explained": 0.8},
     {"step": 20, "eval_loss": 1.6, "eval_accuracy": 0.5},
-    {"step": 30, "loss": float("nan"), "lgp_fraction": 0.25},
-    {"step": 40, "loss": 1.0, "lgp_fraction": 0.125, "lgp_rho2": 0.9},
+    {"step": 30, "loss": float("nan"), "lgp/fraction": 0.25},
+    {"step": 40, "loss": 1.0, "lgp/fraction": 0.125, "lgp/variance_explained": 0.9},
     {"step": 40, "train_runtime": 3.0},
 ]
 
 
 def test_series_leave_out_what_is_missing_or_not_finite() -> None:
     assert series(HISTORY, "loss") == ([10, 20, 40], [2.0, 1.5, 1.0])
-    assert series(HISTORY, "lgp_rho2") == ([10, 20, 40], [0.0, 0.8, 0.9])
+    assert series(HISTORY, "lgp/variance_explained") == ([20, 40], [0.8, 0.9])
     assert series([{"loss": 1.0}], "loss") == ([0.0], [1.0])
     assert series([], "loss") == ([], [])
 
@@ -46,7 +46,7 @@ def test_a_figure_is_drawn_without_touching_pyplot(tmp_path: Path) -> None:
         [],
         [{"step": 5, "loss": 1.0}],
         [{"step": 5, "eval_loss": 1.0}],
-        [{"step": 5, "loss": 1.0, "lgp_fraction": 1.0, "lgp_rho2": 0.0}],
+        [{"step": 5, "loss": 1.0, "lgp/fraction": 1.0}],
     ],
 )
 def test_nothing_is_drawn_of_a_run_without_readings(history: list[dict[str, Any]], tmp_path: Path) -> None:

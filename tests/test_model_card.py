@@ -14,16 +14,11 @@ from test_figure import HISTORY
 from tiny import tiny_vit
 from transformers import Trainer, TrainingArguments
 
-from hf_lgp.card_section import MOST_PHASES, duration, phases, section
-from hf_lgp.model_card import extend_card
+from hf_lgp.report.card_section import duration, section
+from hf_lgp.report.model_card import extend_card
 from hf_lgp.settings import LGPSettings
 
-LAST = {
-    "lgp_exact_share": 0.125,
-    "lgp_time_saved": 100.0,
-    "lgp_coverage": 0.987,
-    "lgp_nonfinite": 2.0,
-}
+LAST = {"lgp/variance": 1.3, "lgp/step_time": 0.6, "lgp/seconds_saved": 100.0}
 RUN: list[dict[str, Any]] = [
     *HISTORY[:4],
     {**HISTORY[4], **LAST},
@@ -48,12 +43,9 @@ def _extended(folder: Path, dataset: Any = None, **given: Any) -> ModelCard:
 
 def test_the_section_says_what_happened_in_the_run() -> None:
     text = section(RUN, SETTINGS, "AutoModelForImageClassification", "me/mine", "lgp.png")
-    assert "| 1-20 | 1 | 0.8 | 1.75 |" in text, (
-        "0 stands for no comparison yet; what is logged at step 20 holds from then on"
-    )
-    assert "| 21-40 | 0.25 | 0.9 | 1 |" in text
+    assert "- control fraction: 1 in 25%, 0.25 in 50%, 0.125 in 25% of the log's entries" in text
     assert "0.9 at the end, 0.85 on average" in text
-    assert "throughout: 12.5%" in text and "1 min 40 s" in text and "98.7%" in text and "not finite: 2" in text
+    assert "time saved against plain training, as estimated while training: 1 min 40 s" in text
     assert (
         "- `lgp_control_fraction`: 0.25" in text and "- `lgp_window`: 600" in text and "- `lgp_kernel`: linear" in text
     )
@@ -69,16 +61,10 @@ def test_a_run_without_readings_says_so() -> None:
 
 
 def test_readings_may_be_missing_or_not_finite() -> None:
-    text = section([{"lgp_fraction": 0.5, "lgp_rho2": float("nan"), "step": 3}], SETTINGS, "AutoModel", "me/mine", None)
-    assert "| 1-3 | 0.5 | n/a | n/a |" in text
-
-
-def test_many_phases_are_merged_into_a_few() -> None:
-    readings = [{"step": 10 * i + 10, "lgp_fraction": (0.25, 0.5)[i % 2]} for i in range(40)]
-    merged = phases(readings)
-    assert len(merged) == MOST_PHASES and sum(len(phase.entries) for phase in merged) == 40
-    assert [entry for phase in merged for entry in phase.entries] == readings
-    assert all(phase.span("lgp_fraction") == "0.25-0.5" for phase in merged)
+    entry = {"lgp/fraction": 0.5, "lgp/variance_explained": float("nan"), "lgp/seconds_saved": -2.0, "step": 3}
+    text = section([entry], SETTINGS, "AutoModel", "me/mine", None)
+    assert "control fraction: 0.5 in 100%" in text and "variance that predictions explain" not in text
+    assert "time lost against plain training, as estimated while training: 2.0 s" in text
 
 
 @pytest.mark.parametrize(

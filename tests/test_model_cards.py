@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lgp.card_section import number
+from hf_lgp.report.card_section import number
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
 sys.path.insert(0, str(FOLDER))

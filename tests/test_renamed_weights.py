@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CLASS_TOKEN_FAMILIES, TinyImages, tiny_classifier
+from tiny import CLASS_TOKEN_FAMILIES, TinyImages, tiny_classifier, tiny_swin
 from torch import Tensor, nn
-from transformers import SwinConfig, SwinForImageClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.renamed_weights import restore_renamed_weights
@@ -18,11 +18,7 @@ FAMILIES = pytest.mark.parametrize("family", [*CLASS_TOKEN_FAMILIES, "swin"])
 
 
 def model_of(family: str) -> Any:
-    if family != "swin":
-        return tiny_classifier(family, torch.float32)
-    torch.manual_seed(1)
-    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
-    return SwinForImageClassification(SwinConfig(**sizes, window_size=2, num_labels=3))
+    return tiny_swin() if family == "swin" else tiny_classifier(family, torch.float32)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -102,8 +98,6 @@ def test_the_best_model_is_loaded_at_the_end(fraction: float, tmp_path: Path) ->
         report_to="none",
         disable_tqdm=True,
         lgp_control_fraction=fraction,
-        lgp_warmup_examples=8,
-        lgp_window=16,
     )
     model = model_of("vit")
     trainer = Worsening(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[best])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hf_lgp import LGPTrainingArguments
 from hf_lgp.settings import LGPSettings
 
 
@@ -21,17 +24,13 @@ from hf_lgp.settings import LGPSettings
         ("variance_budget", 1.0, "`lgp_variance_budget` must exceed 1, .* got 1.0. Use `lgp_control_fraction=1`"),
         ("variance_budget", math.nan, "`lgp_variance_budget` must exceed 1"),
         ("exact_steps", -1, "`lgp_exact_steps` must not be negative, got -1"),
-        ("window", 0, "`lgp_window` must be at least 1, got 0"),
+        ("window", 1, "`lgp_window` must be at least 2, got 1"),
+        ("groups", 0, "`lgp_groups` must be at least 1, got 0"),
         ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
-        ("warmup_examples", -1, "`lgp_warmup_examples` must be at least 1, or 0 to choose"),
-        ("observe_steps", -1, "`lgp_observe_steps` must be at least 1, or 0 to choose"),
-        ("refit_steps", -1, "`lgp_refit_steps` must be at least 1"),
-        ("basis_steps", -2, "`lgp_basis_steps` must be at least 1"),
-        ("observe_examples", 1, "`lgp_observe_examples` must be at least 2 .* got 1"),
         ("ridge", 0.0, "`lgp_ridge` must be positive, got 0.0"),
         ("ridge", math.nan, "`lgp_ridge` must be positive"),
         ("kernel", "cubic", "`lgp_kernel` must be one of linear, rbf, got 'cubic'"),
-        ("warmup_examples", 10**6, r"`lgp_warmup_examples` \(1000000\) cannot exceed `lgp_window` \(\d+\): lower"),
+        ("predictor", "path", "`lgp_predictor` must be one of auto, rows, linear, got 'path'"),
     ],
 )
 def test_values_out_of_range_are_refused(name: str, value: Any, message: str) -> None:
@@ -46,9 +45,8 @@ def test_values_out_of_range_are_refused(name: str, value: Any, message: str) ->
         {"control_fraction": 1.0},
         {"control_fraction": 0.0, "variance_budget": 0.0},
         {"control_fraction": 1e-3},
-        {"window": 1, "warmup_examples": 1},
-        {"window": 8, "warmup_examples": 8},
-        {"observe_examples": 2},
+        {"window": 2, "rank": 1, "groups": 1},
+        {"exact_steps": 0, "predictor": "linear"},
         {"kernel": "linear", "ridge": 1e-9},
     ],
 )
@@ -81,15 +79,9 @@ def test_every_setting_can_be_read_from_arguments() -> None:
         "rank": 3,
         "kernel": "linear",
         "ridge": 0.5,
-        "memory_steps": 100,
-        "warmup_examples": 32,
-        "observe_examples": 8,
-        "observe_steps": 3,
-        "refit_steps": 2,
-        "basis_steps": 5,
-        "class_path": False,
+        "predictor": "rows",
+        "groups": 8,
         "seed": 7,
-        "head": "classifier",
     }
     settings = LGPSettings.from_arguments(SimpleNamespace(**{f"lgp_{name}": value for name, value in values.items()}))
     assert dataclasses.asdict(settings) == values
@@ -103,14 +95,32 @@ def test_a_tenth_of_a_short_run_begins_exactly() -> None:
     assert LGPSettings(exact_steps=300).exact_steps_of(200) == 300
 
 
-def test_zero_leaves_the_choice_to_whether_there_is_a_path() -> None:
-    def chosen(on_path: bool, **values: Any) -> tuple[int, ...]:
-        settings = LGPSettings(**values).resolved(on_path)
-        return settings.observe_steps, settings.refit_steps, settings.basis_steps, settings.warmup_examples
+@pytest.mark.parametrize(
+    ("values", "demanded"),
+    [
+        ({}, False),
+        ({"control_fraction": 0.0}, False),
+        ({"control_fraction": 1.0}, False),
+        ({"control_fraction": 0.25}, True),
+        ({"predictor": "rows"}, True),
+        ({"predictor": "linear"}, True),
+    ],
+)
+def test_a_fixed_fraction_or_a_named_predictor_is_a_demand(values: dict[str, Any], demanded: bool) -> None:
+    assert LGPSettings(**values).demanded == demanded
 
-    assert chosen(True) == (8, 16, 16, 128)
-    assert chosen(True, control_fraction=0.25) == (8, 16, 16, 512)
-    assert chosen(False) == (1, 4, 12, 512)
-    assert chosen(True, window=100)[-1] == chosen(False, window=100)[-1] == 100
-    own = LGPSettings(observe_steps=3, refit_steps=5, basis_steps=7, warmup_examples=99, rank=4)
-    assert own.resolved(on_path=True) == own.resolved(on_path=False) == own
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"lgp_control_fraction": -0.1}, "lgp_control_fraction"), ({"lgp_kernel": "poly"}, "linear, rbf")],
+)
+def test_bad_values_fail_when_arguments_are_made(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        LGPTrainingArguments(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_arguments_have_a_field_for_every_setting_with_its_default(tmp_path: Path) -> None:
+    own = {f.name.removeprefix("lgp_"): f.default for f in dataclasses.fields(LGPTrainingArguments) if "lgp_" in f.name}
+    assert own == dataclasses.asdict(LGPSettings())
+    values = json.loads(LGPTrainingArguments(str(tmp_path), use_cpu=True, lgp_groups=8).to_json_string())
+    assert values["lgp_groups"] == 8 and values["lgp_kernel"] == "rbf"

@@ -1,13 +1,13 @@
-"""The side-by-side example runs and both trainers learn."""
+"""The side-by-side example runs, and both trainers train alike."""
 
 from __future__ import annotations
 
-import math
-
+import pytest
 import swap
 
 
-def test_both_learn() -> None:
-    results = swap.main(epochs=3)
+def test_both_train_alike() -> None:
+    results = swap.main(epochs=0.5)
     assert list(results) == ["Trainer", "LGPTrainer"]
-    assert all(result["eval_loss"] < math.log(10) for result in results.values())
+    plain, predicted = (result["eval_loss"] for result in results.values())
+    assert predicted == pytest.approx(plain, rel=0.05)

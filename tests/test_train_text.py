@@ -31,7 +31,8 @@ def made_file(path: Path, count: int = 60, text: str = "text") -> Path:
     return path
 
 
-def test_docstrings_are_prose_of_every_library_without_its_name() -> None:
+def test_docstrings_are_prose_of_every_library_without_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_text, "_FILES", 25)
     rows = docstrings(("numpy", "transformers"), each=20)
     assert rows.features["label"].names == ["numpy", "transformers"]
     assert rows["label"] == [0] * 20 + [1] * 20 and len(set(rows["text"])) == 40
@@ -75,11 +76,11 @@ def test_from_the_command_line_to_a_pipeline(tmp_path: Path) -> None:
     file, output = made_file(tmp_path / "train.csv", count=400), tmp_path / "out"
     command = f"--train_file {file} --output_dir {output} {SIZES} --use_cpu --disable_tqdm true --num_train_epochs 4"
     training = "--learning_rate 1e-2 --per_device_train_batch_size 16 --logging_steps 10 --report_to none"
-    lgp = "--lgp_control_fraction 0.25 --lgp_warmup_examples 64 --lgp_window 128 --lgp_rank 4"
+    lgp = "--lgp_control_fraction 0.25"
     metrics = train_text.main(f"{command} {training} {lgp}".split())
     assert metrics["eval_accuracy"] > 0.9
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert any(entry.get("lgp_exact_share", 1.0) < 0.2 for entry in history)
+    assert any(entry.get("lgp/fraction") == 0.25 for entry in history)
     assert type(AutoModelForSequenceClassification.from_pretrained(output)).__name__ == "BertForSequenceClassification"
     classify = pipeline("text-classification", str(output), tokenizer=AutoTokenizer.from_pretrained(output))
     assert classify("number 7 is a wonderful thing")[0]["label"] == "praise"

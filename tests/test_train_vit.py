@@ -272,24 +272,26 @@ def test_random_flips_mirror_some_images() -> None:
 # -- the run -------------------------------------------------------------------------------------------------------------
 
 
-def test_predicted_share_is_that_of_the_last_log() -> None:
-    assert shared.predicted_share([{"lgp_exact_share": 0.5}, {"lgp_exact_share": 0.25}, {"eval_loss": 1.0}]) == 0.75
-    assert shared.predicted_share([{"loss": 1.0}]) is None
+def test_readings_are_the_last_ones_logged() -> None:
+    history = [{"lgp/fraction": 0.5, "lgp/variance": 1.1}, {"lgp/fraction": 0.25, "loss": 2.0}, {"eval_loss": 1.0}]
+    assert shared.last_readings(history) == {"fraction": 0.25, "variance": 1.1}
+    assert shared.last_readings([{"loss": 1.0}]) == {}
 
 
 def test_from_the_command_line_to_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run = (
         f"--output_dir {out} {SIZES} --max_steps 6 --per_device_train_batch_size 16 --logging_steps 2 "
-        "--max_train_samples 64 --max_eval_samples 40 --lgp_control_fraction 0.25 --lgp_warmup_examples 32 --lgp_window 64 --save_steps 3"
+        "--max_train_samples 64 --max_eval_samples 40 --lgp_control_fraction 0.25 --save_steps 3"
     )
     metrics = train_vit.main(run.split())
     assert 0.0 <= metrics["eval_accuracy"] <= 1.0
     printed = capsys.readouterr().out
     assert str(out) in printed and "of 40 images" in printed
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    share = shared.predicted_share(history)
-    assert share is not None and 0.0 < share < 1.0 and f"steps with predictions  {share:.1%}" in printed
+    assert (
+        shared.last_readings(history)["fraction"] == 0.25 and "exact gradients         0.25 of every batch" in printed
+    )
 
     with safe_open(out / "model.safetensors", "pt") as file:
         saved = set(file.keys())

@@ -18,16 +18,11 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
-
-WIDTH = 8
-"""Width of the tiny backbones."""
 
 CLASS_TOKEN_FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel], dict[str, Any]]] = {
     "vit": (ViTConfig, ViTForImageClassification, {}),
@@ -45,7 +40,7 @@ CLASS_TOKEN_FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel], dict[str
     ),
     "dinov2": (Dinov2Config, Dinov2ForImageClassification, {"layerscale_value": 0.5, "mlp_ratio": 2}),
 }
-"""Families with a class-token path: config, model, and what their tiny version needs beyond a ViT's."""
+"""Families of image classifiers: config, model, and what their tiny version needs beyond a ViT's."""
 
 
 def tiny_classifier(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
@@ -56,7 +51,7 @@ def tiny_classifier(family: str, dtype: torch.dtype = torch.float64, **overrides
         "image_size": 8,
         "patch_size": 4,
         "num_channels": 1,
-        "hidden_size": WIDTH,
+        "hidden_size": 8,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 12,
@@ -71,51 +66,32 @@ def tiny_swin(**overrides: Any) -> Any:
     """A two-stage Swin on 8x8 images."""
     sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "embed_dim": 8, "window_size": 2}
     depth = {"depths": [1, 1], "num_heads": [2, 2], "drop_path_rate": 0.0}
+    torch.manual_seed(1)
     return SwinForImageClassification(SwinConfig(**{**sizes, **depth, "num_labels": 3, **overrides}))
 
 
 def tiny_convnext(**overrides: Any) -> Any:
     """A two-stage ConvNeXt on 8x8 images."""
     sizes = {"num_channels": 1, "patch_size": 2, "hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2}
+    torch.manual_seed(1)
     return ConvNextForImageClassification(ConvNextConfig(**{**sizes, "num_labels": 3, **overrides}))
-
-
-_TEXT_SIZES = {
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 12,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": 3,
-}
 
 
 def tiny_bert(**overrides: Any) -> Any:
     """A two-layer Bert on up to 12 of 11 tokens."""
-    return BertForSequenceClassification(BertConfig(**{**_TEXT_SIZES, **overrides}))
-
-
-def tiny_roberta(**overrides: Any) -> Any:
-    """A two-layer Roberta on up to 10 of 11 tokens."""
-    return RobertaForSequenceClassification(RobertaConfig(**{**_TEXT_SIZES, **overrides}))
-
-
-OTHER_FAMILIES = {"swin": tiny_swin, "convnext": tiny_convnext, "bert": tiny_bert, "roberta": tiny_roberta}
-"""Families without a class-token path."""
-
-TEXT_FAMILIES = ("bert", "roberta")
-"""Those that read tokens."""
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
-    """A tiny classifier of any family, with noise on every parameter."""
-    if family in CLASS_TOKEN_FAMILIES:
-        return tiny_classifier(family, dtype, **overrides)
     torch.manual_seed(1)
-    return perturbed(OTHER_FAMILIES[family](**overrides).to(dtype))
+    sizes = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+        "max_position_embeddings": 12,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_labels": 3,
+    }
+    return perturbed(BertForSequenceClassification(BertConfig(**{**sizes, **overrides})))
 
 
 def perturbed(model: nn.Module) -> Any:
@@ -169,8 +145,7 @@ class TinyTexts(torch.utils.data.Dataset[dict[str, Tensor]]):
         generator = torch.Generator().manual_seed(5)
         lengths = torch.randint(2, 9, (count, 1), generator=generator)
         self.mask = (torch.arange(8) < lengths).long()
-        # Token 1 is Roberta's padding; Bert's is 0.
-        self.tokens = torch.where(self.mask.bool(), torch.randint(2, 11, (count, 8), generator=generator), 1)
+        self.tokens = torch.randint(2, 11, (count, 8), generator=generator) * self.mask
         self.labels = _labels(count, kind, dtype, labels, generator)
 
     def __len__(self) -> int:
@@ -182,13 +157,3 @@ class TinyTexts(torch.utils.data.Dataset[dict[str, Tensor]]):
             "attention_mask": self.mask[index],
             "labels": self.labels[index],
         }
-
-
-def hooks_of(model: nn.Module) -> int:
-    """Number of this package's hooks on the model's modules."""
-    hooks = [
-        getattr(hook, "func", hook)
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
-    return sum(hook.__module__.startswith("hf_lgp") for hook in hooks)

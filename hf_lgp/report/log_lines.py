@@ -10,13 +10,19 @@ PREFIX = "lgp/"
 """Trackers group what is logged by the part of its name before the slash."""
 
 
+class _WhereNobodyListens(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to stderr in programs that set up no logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
 def library_logger() -> logging.Logger:
-    """The package's logger, which writes to stderr unless the program that uses it set up its own; messages from INFO on."""
+    """The package's logger, from INFO on; it goes to stderr unless the program that uses it set up logging."""
     logger = logging.getLogger("hf_lgp")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_WhereNobodyListens(sys.stderr))
         logger.setLevel(logging.INFO)
     return logger
 

@@ -98,4 +98,5 @@ def _walk_block(
     of_rows, of_hidden, *own = torch.autograd.grad(
         out, [rows, hidden, *parameters], arriving.to(out.dtype), allow_unused=True
     )
-    return of_rows, of_hidden, own
+    # A block that is left out at random hands its rows on.
+    return of_rows, torch.zeros_like(hidden) if of_hidden is None else of_hidden, own

@@ -1,4 +1,4 @@
-"""Started by python or torchrun: a run with checkpoints that may be killed at some step, or go on from the last one."""
+"""A run with checkpoints that may be killed at some step, or go on from the last one; also started by torchrun."""
 
 from __future__ import annotations
 
@@ -49,11 +49,6 @@ def trainer_for(folder: str, killed_after: int = -1) -> LGPTrainer:
         report_to="none",
         disable_tqdm=True,
         lgp_control_fraction=0.5,
-        lgp_warmup_examples=24,
-        lgp_window=32,
-        lgp_rank=3,
-        lgp_refit_steps=3,
-        lgp_basis_steps=4,
     )
     data = TinyImages(54, dtype=torch.float32)  # an epoch ends within an accumulation
     model = tiny_vit(torch.float32, dropout=0.1)
@@ -61,27 +56,29 @@ def trainer_for(folder: str, killed_after: int = -1) -> LGPTrainer:
 
 
 def final_state(trainer: LGPTrainer) -> dict[str, Any]:
-    """Everything that training has made."""
-    engine = trainer._lgp_engine
-    assert engine is not None
-    tensors, counters = engine.state_dict()
+    """Everything that training has made, but for what depends on the clock."""
+    session = trainer._lgp
+    assert session is not None
+    _, numbers = session.state_dict()
+    for name in ("times", "saved"):
+        numbers["controller"].pop(name)
+    for entry in numbers["pending"]:
+        entry.pop("seconds")
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "predictor": {name: value.clone() for name, value in tensors.items()},
-        "counters": {**counters, **trainer._lgp_steps},
-        "losses": [
-            {key: entry[key] for key in ("step", "loss", "grad_norm", "lgp_rho2", "lgp_exact_share")}
-            for entry in trainer.state.log_history
-            if "loss" in entry and "lgp_rho2" in entry
-        ],
+        "trained": {
+            "model": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "losses": [{key: entry[key] for key in ("step", "loss", "grad_norm", "lgp/fraction")} for entry in logged],
+            "steps": trainer._lgp_steps,
+        },
+        "measured": {"session": numbers, "variances": [entry.get("lgp/variance") for entry in logged]},
     }
 
 
 def main(folder: str, killed_after: str, checkpoint: str = "") -> None:
     torch.set_num_threads(1)
     trainer = trainer_for(folder, int(killed_after))
-    trainer._lgp_close = lambda: None  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint=checkpoint or None)
     assert trainer._lgp_steps["predicted"] > 40, trainer._lgp_steps
     if trainer.is_world_process_zero():

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import killed_run
 import pytest
 import torch
-from launch import TORCHRUN, start
+from launch import TORCHRUN, forked, start
 from torch import Tensor
 
-ALONE = [sys.executable]
+
+def alone(*arguments: str) -> bool:
+    """Run it in one process; tells whether it came to its end."""
+    (code,) = forked(killed_run.main, *arguments)
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+def launched(*arguments: str) -> bool:
+    """On two processes."""
+    result = start(TORCHRUN, "killed_run.py", *arguments)
+    assert "measured anew" not in result.stdout + result.stderr
+    return result.returncode == 0
 
 
 def assert_identical(one: Any, other: Any, name: str = "state") -> None:
@@ -32,37 +45,44 @@ def assert_identical(one: Any, other: Any, name: str = "state") -> None:
         assert one == other, name
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [pytest.param(ALONE, id="one process"), pytest.param(TORCHRUN, id="two processes", marks=pytest.mark.slow)],
-)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(launcher: list[str], tmp_path: Path) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    result = start(launcher, "killed_run.py", str(straight), "-1")
-    assert result.returncode == 0, result.stderr[-3000:]
-    # Step 13 is in the middle of an epoch, three steps after a checkpoint; step 20 has just been reached, and not yet saved.
-    for step, checkpoint in ((13, ""), (20, "checkpoint-10")):
-        result = start(
-            launcher, "killed_run.py", str(killed), str(step), str(killed / checkpoint) if checkpoint else ""
-        )
-        assert result.returncode != 0 and "finished" not in result.stdout
+@pytest.fixture(scope="module")
+def ends(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What a straight run ended with, and one that was killed twice."""
+    run, folder = {"one process": alone, "two processes": launched}[request.param], tmp_path_factory.mktemp("killed")
+    straight, killed = folder / "straight", folder / "killed"
+    assert run(str(straight), "-1")
+    # Step 15 has just been reached, and not yet saved; step 23 is in the middle of an epoch, three steps after a checkpoint in which there is a
+    # measurement that nobody had read yet.
+    for step, checkpoint in (("15", ""), ("23", "checkpoint-10")):
+        assert not run(str(killed), step, str(killed / checkpoint) if checkpoint else "")
         assert not (killed / "final.pt").exists()
-    assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-15"}
-    result = start(launcher, "killed_run.py", str(killed), "-1", str(killed / "checkpoint-15"))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "starts afresh" not in result.stdout + result.stderr
+    assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-15", "checkpoint-20"}
+    pending = json.loads((killed / "checkpoint-20" / "lgp_state.json").read_text())["pending"]
+    assert any(entry["spreads"] for entry in pending)
+    assert run(str(killed), "-1", str(killed / "checkpoint-20"))
     expected, found = (torch.load(folder / "final.pt") for folder in (straight, killed))
-    assert len(expected["losses"]) == len(found["losses"]) == 26
+    return expected, found
+
+
+TWO = "two processes"
+
+
+@pytest.mark.parametrize("ends", ["one process", pytest.param(TWO, marks=pytest.mark.slow)], indirect=True)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(ends: tuple[Any, Any]) -> None:
+    expected, found = (end["trained"] for end in ends)
+    assert len(expected["losses"]) == 26
     assert_identical(expected, found)
-    shutil.rmtree(tmp_path)
 
 
-def test_another_number_of_processes_goes_on_with_the_predictor(tmp_path: Path) -> None:
-    result = start(TORCHRUN, "killed_run.py", str(tmp_path), "13")
-    assert result.returncode != 0
-    result = start(ALONE, "killed_run.py", str(tmp_path), "-1", str(tmp_path / "checkpoint-10"))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "starts afresh" not in result.stdout + result.stderr
-    losses = torch.load(tmp_path / "final.pt")["losses"]
-    shares = {entry["step"]: entry["lgp_exact_share"] for entry in losses}
-    assert shares[11] < shares[10], "no exact step was needed after the change"
+@pytest.mark.parametrize("ends", ["one process", pytest.param(TWO, marks=pytest.mark.slow)], indirect=True)
+def test_what_was_measured_goes_on_too(ends: tuple[Any, Any]) -> None:
+    expected, found = (end["measured"] for end in ends)
+    assert any(expected["variances"])
+    assert_identical(expected, found)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_what_was_measured(tmp_path: Path) -> None:
+    assert not launched(str(tmp_path), "23")
+    assert alone(str(tmp_path), "-1", str(tmp_path / "checkpoint-20"))
+    assert torch.load(tmp_path / "final.pt")["measured"]["session"]["controller"]["measurements"] == 1

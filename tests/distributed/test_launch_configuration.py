@@ -33,6 +33,7 @@ def launch() -> list[str]:
     return [*module, "--config_file", str(CONFIGURATION)]
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_the_file_and_share_one_run(tmp_path: Path) -> None:
     metrics = train(launch(), tmp_path, "--max_steps", "12", "--per_device_train_batch_size", "16")
     assert metrics["epoch"] == pytest.approx(12 * 32 / 1437, rel=0.05), "both processes take part in every step"

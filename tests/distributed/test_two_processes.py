@@ -2,70 +2,58 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launch import ACCELERATE, TORCHRUN, on_two_processes
-from oracle_trainer import OracleTrainer, every_case
-from oracle_trajectory import trained
+import two_processes
+from launch import ACCELERATE, TORCHRUN, forked, on_two_processes
+from tiny import TinyImages
+from torch.utils.data import Subset
+from two_processes import one_step
 
 import hf_lgp.trainer
-from hf_lgp.draws import draw_control, private_seed
+from hf_lgp.session import Session
 
 
+@pytest.mark.parametrize("kind", ["fixed", "automatic"])
+def test_ranks_stay_equal_and_decide_alike(kind: str, tmp_path: Path) -> None:
+    assert forked(two_processes.main, str(tmp_path), kind, processes=2) == [0, 0]
+
+
+def test_the_gradient_is_the_mean_of_what_each_rank_has_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert forked(two_processes.main, str(tmp_path), "gradients", processes=2) == [0, 0]
+    two, own = torch.load(tmp_path / "gradients.pt"), []
+    for rank in (0, 1):
+        monkeypatch.setattr(
+            hf_lgp.trainer, "Session", lambda *args, rank=rank: partial(Session, process=rank)(*args[:3])
+        )
+        own.append(one_step(str(tmp_path), Subset(TinyImages(8), range(4 * rank, 4 * rank + 4))))
+    assert two.keys() == own[0].keys() == own[1].keys()
+    for name, gradient in two.items():
+        torch.testing.assert_close(gradient, (own[0][name] + own[1][name]) / 2, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_each_rank_draws_control_examples_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the comparison above would hold for any draw."""
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(
+            hf_lgp.trainer, "Session", lambda *args, rank=rank: partial(Session, process=rank)(*args[:3])
+        )
+        found.append(one_step(str(tmp_path), Subset(TinyImages(8), range(4))))
+    name = "vit.layers.0.mlp.fc1.weight"
+    assert not torch.allclose(found[0][name], found[1][name], rtol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "launcher"),
-    [
-        ("plain", TORCHRUN),
-        ("automatic", TORCHRUN),
-        ("unused parameters looked for", ACCELERATE),
-        ("compiled", TORCHRUN),
-    ],
-    ids=["torchrun", "torchrun, automatic fraction", "accelerate, unused parameters looked for", "torchrun, compiled"],
+    [("fixed", TORCHRUN), ("unused_parameters_looked_for", ACCELERATE), ("compiled", TORCHRUN)],
 )
-def test_ranks_stay_equal_with_predictions_and_accumulation(kind: str, launcher: list[str], tmp_path: Path) -> None:
+def test_ranks_stay_equal_in_other_launches(kind: str, launcher: list[str], tmp_path: Path) -> None:
     output = on_two_processes("two_processes.py", str(tmp_path), kind, launcher=launcher)
-    assert output.count("agrees") == 2
-
-
-@pytest.mark.parametrize("extent", ["a part", pytest.param("every", marks=pytest.mark.slow)])
-def test_oracle_gradients_are_those_of_plain_training_on_two_processes(extent: str, tmp_path: Path) -> None:
-    output = on_two_processes("oracle_two_processes.py", str(tmp_path), extent, timeout=900)
-    count = len(every_case()) if extent == "every" else len(every_case()) // 5 + 1
-    assert output.count(f"agrees in {count} combinations") == 2
-
-
-class GlobalDraw(OracleTrainer):
-    """One process that draws the control examples two processes of half the batch would draw."""
-
-    def _lgp_seed(self) -> int:
-        seed = super()._lgp_seed()
-        place = self._lgp_micro_batch
-        self.seeds = [private_seed(self._lgp_settings.seed, *place, process) for process in (0, 1)]
-        return seed
-
-    def draw(self, examples: int, controls: int, seed: int, labelled: Any = None) -> tuple[torch.Tensor, float]:
-        half = examples // 2
-        orders = [draw_control(half, controls // 2, seed)[0] + half * i for i, seed in enumerate(self.seeds)]
-        parts = [order[: controls // 2] for order in orders] + [order[controls // 2 :] for order in orders]
-        return torch.cat(parts), examples / controls
-
-
-def test_two_processes_are_one_with_the_same_global_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same sums in another order: float64 keeps some twelve digits over twenty steps."""
-    on_two_processes("oracle_trajectory.py", str(tmp_path))
-    two = torch.load(tmp_path / "trained.pt")
-    made: list[GlobalDraw] = []
-
-    class Remembered(GlobalDraw):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(hf_lgp.trainer, "draw_control", lambda *args: made[0].draw(*args))
-    one = trained(Remembered, str(tmp_path), batch=8)
-    assert one["losses"] == pytest.approx(two["losses"], rel=1e-6)
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-9, atol=1e-11, msg=name)
+    assert output.count(f"agrees in {kind}") == 2

@@ -1,8 +1,10 @@
-"""Started by torchrun: trains on two processes and checks that all ranks hold the same parameters and the same predictor."""
+"""What two processes do: train, and check that all ranks hold the same parameters and decide the same; also started by launchers.
+
+python two_processes.py FOLDER KIND...    the kinds are functions of this file, called one after the other
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,73 +18,125 @@ from tiny import TinyImages, tiny_vit
 from torch import Tensor
 from transformers import TrainerCallback
 
+import hf_lgp.session
 from hf_lgp import LGPTrainer, LGPTrainingArguments
-from hf_lgp.stopwatch import Stopwatch
+from hf_lgp.control.clock import Lap
 
 
-def assert_same_everywhere(name: str, value: Tensor) -> None:
-    mine = value.detach().clone()
-    dist.broadcast(mine, 0)
-    assert torch.equal(mine, value), f"{name} differs between ranks"
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.first:
+            self.first = {
+                name.removeprefix("module."): p.grad.clone()
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
 
 
-class Compared(TrainerCallback):
-    """Compares the predictors of all ranks while they learn."""
-
-    trainer: LGPTrainer
-    windows: list[int]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self.trainer._lgp_engine
-        assert engine is not None
-        self.windows.append(engine.predictor.remembered)
-        if state.global_step in (2, 17, args.max_steps):
-            tensors, counters = engine.state_dict()
-            for name, value in tensors.items():
-                assert_same_everywhere(name, value)
-            counters.pop("timed")  # each process's own, until they are averaged at the next review
-            everyones: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyones, json.dumps(counters))
-            assert len(set(everyones)) == 1, everyones
-
-
-def main(folder: str, kind: str) -> None:
-    torch.set_num_threads(1)
+def one_step(folder: str, data: Any) -> dict[str, Tensor]:
+    """Gradients of one predicted step on the first batches of some data, in their order."""
+    seen = Gradients()
     arguments = LGPTrainingArguments(
         folder,
         use_cpu=True,
-        per_device_train_batch_size=8,
-        max_steps=50,
-        learning_rate=1e-2,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        ddp_find_unused_parameters=kind == "unused parameters looked for",
-        torch_compile=kind == "compiled",
-        torch_compile_backend="aot_eager" if kind == "compiled" else None,
-        lgp_control_fraction=0.0 if kind == "automatic" else 0.5,
-        lgp_exact_steps=0,
-        lgp_variance_budget=0.0,
-        lgp_warmup_examples=32,
-        lgp_window=64,
-        lgp_rank=3,
+        lgp_control_fraction=0.5,
+        lgp_groups=1,
     )
-    # Every process has a clock of its own; that of the second one calls predictions dear.
-    seconds = {True: 1.0, False: 0.1 + 0.6 * int(os.environ["RANK"])}
-    collect = Stopwatch.collect
-    Stopwatch.collect = lambda self, wait=False: [(label, seconds[label[0].exact]) for label, _ in collect(self)]  # type: ignore[method-assign]
-    compared = Compared()
-    data = TinyImages(90, dtype=torch.float32)  # the last batch of an epoch is not whole
-    trainer = LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=data, callbacks=[compared])
-    compared.trainer, compared.windows = trainer, []
+    trainer = LGPTrainer(tiny_vit(), arguments, train_dataset=data, callbacks=[seen])
     trainer.train()
-    if kind != "automatic":  # which times exact steps first
-        assert compared.windows[0] == 2 * 2 * 8, "two micro-batches of two processes"
-    assert trainer._lgp_steps["predicted"] > (60 if kind == "automatic" else 90), trainer._lgp_steps
+    assert trainer._lgp_steps == {"exact": 0, "predicted": 1}
+    return seen.first
+
+
+def trained(folder: str, **settings: Any) -> LGPTrainer:
+    """A run with accumulation over epochs whose last batch is not whole; parameters must end up the same everywhere."""
+    arguments = LGPTrainingArguments(
+        folder,
+        **{
+            "use_cpu": True,
+            "per_device_train_batch_size": 8,
+            "max_steps": 20,
+            "learning_rate": 1e-2,
+            "gradient_accumulation_steps": 2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    trainer = LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=TinyImages(90, dtype=torch.float32))
+    trainer.train()
     for name, parameter in trainer.model.named_parameters():
-        assert_same_everywhere(name, parameter)
-    print(f"rank {dist.get_rank()} agrees", flush=True)
+        first = parameter.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, parameter), f"{name} differs between ranks"
+    return trainer
+
+
+def gradients(folder: str) -> None:
+    found = one_step(folder, TinyImages(8))
+    if dist.get_rank() == 0:
+        torch.save(found, Path(folder) / "gradients.pt")
+
+
+def fixed(folder: str) -> None:
+    steps = trained(folder, lgp_control_fraction=0.5)._lgp_steps
+    assert steps["exact"] == 0 and steps["predicted"] > 36, steps
+
+
+def unused_parameters_looked_for(folder: str) -> None:
+    trained(folder, lgp_control_fraction=0.5, ddp_find_unused_parameters=True)
+
+
+def compiled(folder: str) -> None:
+    trained(folder, lgp_control_fraction=0.5, torch_compile=True, torch_compile_backend="aot_eager")
+
+
+def automatic(folder: str) -> None:
+    """Every process has a clock of its own; by that of the second one alone, predictions would be dearer than exact steps."""
+    rank, plans = int(os.environ["RANK"]), []
+    plan_of, seconds_of = hf_lgp.session.Session.plan, Lap.seconds
+
+    def plan(self: Any, *args: Any) -> Any:
+        found = plan_of(self, *args)
+        plans.append((found.fraction, found.measure, found.first_row))
+        return found
+
+    def mark(device: Any) -> Any:
+        """The moment is told by what is done in it."""
+        return plans[-1]
+
+    def seconds(self: Lap) -> float:
+        fraction, measure, _ = self.ended
+        dear = 1.2 if rank else 0.2
+        return (1.5 if measure else 1.0 if fraction == 1.0 else dear) * (1.0 + 0.01 * rank)
+
+    hf_lgp.session.Session.plan, Lap.seconds, hf_lgp.session.mark = plan, seconds, mark  # type: ignore[method-assign]
+    trainer = trained(folder, max_steps=60, lgp_exact_steps=4, lgp_variance_budget=0.0)
+    Lap.seconds = seconds_of  # type: ignore[method-assign]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (plans, trainer._lgp.controller.state_dict()))
+    assert everyones[0] == everyones[1], "plans differ between ranks"
+    assert trainer._lgp_steps["predicted"] > 20, trainer._lgp_steps
+
+
+def main(folder: str, *kinds: str) -> None:
+    torch.set_num_threads(1)
+    for kind in kinds:
+        globals()[kind](folder)
+        print(f"rank {dist.get_rank()} agrees in {kind}", flush=True)
     dist.barrier()
     os._exit(0)  # the check is done, and gloo's teardown aborts or hangs now and then
 

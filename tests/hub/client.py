@@ -1,8 +1,6 @@
 """What the Hub tests run in processes of their own: ``huggingface_hub`` reads its endpoint when it is imported.
 
-python client.py strategies FOLDER    train and push with every hub strategy
-python client.py straight FOLDER      the same run without a stop and without a push, for comparison
-python client.py resume FOLDER        pull the last checkpoint and go on from it
+python client.py strategies FOLDER    train and push with every hub strategy; pull the last checkpoint and go on from it
 python client.py interrupted FOLDER   push until the push goes through
 python client.py pull FOLDER          load what was pushed, where hf_lgp cannot be imported
 """
@@ -48,7 +46,7 @@ def trainer_for(folder: Path, stop: bool = False, **settings: Any) -> Any:
             if args.push_to_hub:  # or a push would be left out because the one before it is not through
                 trainer._finish_current_push()
 
-    data = TinyImages(64, dtype=torch.float32)
+    data = TinyImages(200, dtype=torch.float32)
     arguments = LGPTrainingArguments(
         str(folder),
         **{
@@ -60,10 +58,8 @@ def trainer_for(folder: Path, stop: bool = False, **settings: Any) -> Any:
             "save_steps": 5,
             "report_to": "none",
             "disable_tqdm": True,
+            "gradient_accumulation_steps": 5,  # the first measurement is read at the 41st micro-batch
             "lgp_control_fraction": 0.25,
-            "lgp_warmup_examples": 16,
-            "lgp_window": 32,
-            "lgp_rank": 3,
             **settings,
         },
     )
@@ -79,7 +75,7 @@ def trainer_for(folder: Path, stop: bool = False, **settings: Any) -> Any:
 
 
 def save_weights(trainer: Any, path: Path) -> None:
-    """Weights and predictor counts of a run that ended, and the logits of its model."""
+    """Weights and counts of a run that ended, and the logits of its model."""
     model = trainer.model.eval()
     with torch.no_grad():
         logits = model(pixel_values=fixed_images()).logits
@@ -97,6 +93,7 @@ def strategies(folder: Path) -> None:
     trainer = trainer_for(folder / "straight")
     trainer.train()
     save_weights(trainer, folder / "straight.pt")
+    resume(folder)
 
 
 def resume(folder: Path) -> None:
@@ -148,4 +145,4 @@ def pull(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {run.__name__: run for run in (strategies, resume, interrupted, pull)}[sys.argv[1]](Path(sys.argv[2]))
+    {run.__name__: run for run in (strategies, interrupted, pull)}[sys.argv[1]](Path(sys.argv[2]))

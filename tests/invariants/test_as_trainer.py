@@ -71,8 +71,7 @@ def run(kind: type[Trainer], folder: Path, learning_rate: float, dropout: float)
         "disable_tqdm": True,
     }
     if kind is LGPTrainer:
-        lgp = {"lgp_control_fraction": 0.5, "lgp_warmup_examples": 8, "lgp_window": 16, "lgp_rank": 3}
-        arguments: TrainingArguments = LGPTrainingArguments(str(folder), **settings, **lgp)
+        arguments: TrainingArguments = LGPTrainingArguments(str(folder), **settings, lgp_control_fraction=0.5)
     else:
         arguments = TrainingArguments(str(folder), **settings)
     trainer = kind(
@@ -94,7 +93,7 @@ def run(kind: type[Trainer], folder: Path, learning_rate: float, dropout: float)
         "stream": stream,
         "metrics": trainer.evaluate(),
         "prediction": trainer.predict(held_out),
-        "log keys": [sorted(key for key in entry if not key.startswith("lgp_")) for entry in trainer.state.log_history],
+        "log keys": [sorted(key for key in entry if not key.startswith("lgp/")) for entry in trainer.state.log_history],
         "files": sorted(
             path.name for path in (folder / "checkpoint-10").iterdir() if not path.name.startswith("lgp_state")
         ),

@@ -1,0 +1,180 @@
+"""The probe: a short dry run of ``LGPTrainer`` on a copy of the model that tells whether prediction pays, and how much."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from .compatibility import refuse_incompatible
+from .control.controller import PERIOD, Controller, key_of
+from .control.plan import GROUPS, StepPlan
+from .estimator import FRACTIONS, best_fraction, control_size, relative_variance
+from .session import Session
+from .trainer import LGPTrainer
+from .training_args import LGPTrainingArguments
+from .verify import entries_of, unrandom
+
+_MOST, _TIMES = 256, 4
+"""Micro-batches at most; times of a step with predictions that are believed."""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What a probe found.
+
+    Attributes:
+        fraction: The control fraction of least price within the variance budget; 1 where exact steps are cheapest.
+        residual_share: Share of the gradient's variance that predictions do not explain.
+        step_times: Time of a step over that of a plain ``Trainer`` step, by control fraction; 1 stands for LGPTrainer's own exact steps.
+        exact_seconds: Time of a plain micro-batch.
+        first_row: Whether the last block runs on one row only, since nothing else of its output is read and that is faster.
+        budget: The variance budget.
+        refused: Why gradients of this model cannot be predicted; None if they can.
+    """
+
+    fraction: float = 1.0
+    residual_share: float = 1.0
+    step_times: Mapping[float, float] = field(default_factory=lambda: {1.0: 1.0})
+    exact_seconds: float = math.nan
+    first_row: bool = False
+    budget: float = math.inf
+    refused: str | None = None
+
+    @property
+    def prices(self) -> dict[float, float]:
+        """Variance times step time by control fraction; a plain ``Trainer`` step has price 1."""
+        return {f: self.variance(f) * time for f, time in self.step_times.items()}
+
+    def variance(self, fraction: float) -> float:
+        """Variance of the gradient at a fraction, relative to the exact one."""
+        return relative_variance(fraction, self.residual_share)
+
+    def best(self, budget: float) -> float:
+        """The fraction of least price within a variance budget."""
+        costs = {f: time / self.step_times[1.0] for f, time in self.step_times.items() if f < 1.0}
+        return best_fraction(costs, self.residual_share, budget)
+
+    @property
+    def verdict(self) -> str:
+        """The finding in words."""
+        if self.refused is not None:
+            return f"LGPTrainer would train this model exactly: {self.refused}."
+        time, price = self.step_times[self.fraction], self.prices[self.fraction]
+        if self.fraction < 1.0:
+            return (
+                f"Predictions pay here: with exact gradients for {self.fraction:g} of every batch a step takes {time:.2f} of "
+                f"Trainer's time, and the same progress about {price:.2f} of it."
+            )
+        gain = f" Its exact steps take {time:.2f} of Trainer's time." if time < 0.97 else ""
+        if (wider := self.best(math.inf)) < 1.0:
+            return (
+                f"Predictions would pay here, but not within the variance budget of {self.budget:g}: raise `lgp_variance_budget` above "
+                f"{self.variance(wider):.2f}, the variance at fraction {wider:g}, or LGPTrainer will train exactly.{gain}"
+            )
+        return f"Predictions do not pay here: LGPTrainer would train exactly, and look now and then whether that has changed.{gain}"
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return self.verdict
+        times = self.step_times
+        rows = [f"{f:>16g}{times[f]:>11.2f}{self.variance(f):>10.3f}{p:>7.2f}" for f, p in self.prices.items()]
+        said = (
+            f"1 is a plain step of Trainer: {self.exact_seconds:.4f} s. Predictions explain {1.0 - self.residual_share:.1%} of the "
+            f"gradient's variance. The last block runs on {'one row' if self.first_row else 'all rows'}."
+        )
+        return "\n".join(["control fraction  step time  variance  price", *rows, said, self.verdict])
+
+
+class _Probing(LGPTrainer):
+    """Measures and times whatever the controller would do, and stops as soon as it can report."""
+
+    unit = 0.0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        session, self.unit = self._lgp, max(self.unit, float(entries_of(inputs)))
+        assert session is not None
+        session.__dict__.setdefault("plan", partial(_plan, session, session.plan))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.control.should_training_stop |= session.method is None or session.controller.measurements > 0
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: a probe has its report."""
+
+    def report(self) -> ProbeReport:
+        """What was found."""
+        session = self._lgp
+        assert session is not None
+        if session.refused is not None:
+            return ProbeReport(refused=session.refused)
+        controller, budget = session.controller, session.rules.budget
+        plain, exact = controller.seconds(StepPlan()), controller.seconds(controller.exact_plan)
+        if plain is None or exact is None or controller.measurements == 0:
+            raise ValueError("The probe could not predict anything: use a larger `per_device_train_batch_size`.")
+        possible = [f for f in FRACTIONS if control_size(controller.size, f) >= 2]
+        times = {1.0: exact / plain, **{f: controller.cost(f) * exact / plain for f in possible}}
+        found = ProbeReport(1.0, controller.residual_share, times, plain * self.unit, controller.first_row, budget)
+        return replace(found, fraction=found.best(budget))
+
+
+def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples: int, accumulation: int) -> StepPlan:
+    """Exact steps of both kinds in turns, then a fraction, then measurements."""
+    plan, controller, method = usual(step, examples, accumulation), session.controller, session.method
+    if method is None or session.refused is not None or examples < 2:
+        return plan
+    if controller.seen < 2 * PERIOD or not method.ready:
+        return StepPlan(first_row=method.has_first_row and controller.seen % 2 == 1)
+    if not _is_timed(controller):
+        return replace(_trial(controller), seed=plan.seed)
+    return StepPlan(measure=GROUPS, first_row=controller.first_row)
+
+
+def _trial(controller: Controller) -> StepPlan:
+    return StepPlan(0.25 if control_size(controller.size, 0.25) >= 2 else 0.5, first_row=controller.first_row)
+
+
+def _is_timed(controller: Controller) -> bool:
+    return len(controller.times.get(key_of(_trial(controller)), ())) >= _TIMES if controller.size else False
+
+
+def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:
+    """Find out in a short dry run whether predictions pay.
+
+    Model, data set, arguments and random streams are left as they were found; nothing is written or logged.
+
+    Args:
+        model: The model as it would be trained; a copy is trained.
+        dataset: Its training data set.
+        args: The training arguments; batch size, precision and ``lgp_*`` settings matter. The control fraction is taken as automatic.
+        kwargs: What else ``Trainer`` would be given, and ``compute_loss``, to stand in for the trainer's method of that name.
+
+    Raises:
+        ValueError: If the arguments rule predictions out, as :class:`LGPTrainer` would say, or if batches are too small.
+    """
+    if args is not None:
+        refuse_incompatible(args, model)
+    own = {"compute_loss": kwargs.pop("compute_loss")} if "compute_loss" in kwargs else {}
+    with tempfile.TemporaryDirectory() as folder, unrandom():
+        trainer = _Probing(copy.deepcopy(model), _trial_arguments(args, folder), train_dataset=dataset, **kwargs)
+        trainer.__dict__.update(own)
+        trainer.train()
+        return trainer.report()
+
+
+def _trial_arguments(args: TrainingArguments | None, folder: str) -> LGPTrainingArguments:
+    known = {f.name for f in fields(LGPTrainingArguments) if f.init}
+    given = {} if args is None else {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
+    off = ("eval_on_start", "logging_first_step", "load_best_model_at_end", "push_to_hub", "lgp_control_fraction")
+    own: dict[str, Any] = {**dict.fromkeys(off, 0), "output_dir": folder, "report_to": "none", "disable_tqdm": True}
+    own |= dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")
+    own["lgp_predictor"] = "linear" if given.get("lgp_predictor") == "linear" else "auto"
+    own["max_steps"] = -(-_MOST // given.get("gradient_accumulation_steps", 1))
+    return LGPTrainingArguments(**{**given, **own})

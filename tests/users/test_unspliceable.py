@@ -1,0 +1,143 @@
+"""Models that cannot be predicted: an automatic run is Trainer's and says why, a fixed fraction is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Build, arguments, assert_exact_with_one_warning, losses
+from tiny import TinyImages, tiny_convnext, tiny_vit
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_lgp import LGPTrainer
+from hf_lgp.control.controller import Controller
+
+DATA = TinyImages(32, dtype=torch.float32)
+
+
+def hidden_states_read(base: type[Trainer], args: Any, **options: Any) -> Trainer:
+    class Deep(base):  # type: ignore[misc, valid-type]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            outputs = model(**inputs, output_hidden_states=True)
+            return outputs.loss + sum(h.square().mean() for h in outputs.hidden_states[1:-1])
+
+    return Deep(tiny_vit(torch.float32, num_hidden_layers=3), args, train_dataset=DATA, **options)
+
+
+def convolutions(base: type[Trainer], args: Any, **options: Any) -> Trainer:
+    return base(tiny_convnext(), args, train_dataset=DATA, **options)
+
+
+class InPairs(nn.Module):
+    """A model whose blocks let the examples of a batch see one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny_vit(torch.float32, num_hidden_layers=3)
+        self.vit.vit.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + args[0].mean(0), *args[1:]))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+def coupled(base: type[Trainer], args: Any, **options: Any) -> Trainer:
+    return base(InPairs(), args, train_dataset=DATA, **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (hidden_states_read, "is read elsewhere"),
+        (convolutions, "no list of blocks each of which calls attention once"),
+        (coupled, "is read elsewhere"),
+    ],
+)
+def test_it_is_trained_exactly(build: Build, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert_exact_with_one_warning(build, tmp_path, caplog, reason)
+
+
+def predicting_soon(fraction: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a run that predicts, by a fixed fraction or because the automatic choice says so after eight steps."""
+    if fraction == 0.0:
+        monkeypatch.setattr(Controller, "decided", lambda self, rules, step: replace(self, fraction=0.5))
+    return {"lgp_control_fraction": fraction, "lgp_exact_steps": 0, "max_steps": 12}
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "hf_lgp" and r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "steps"), [(0.5, {"exact": 2, "predicted": 10}), (0.0, {"exact": 10, "predicted": 2})]
+)
+def test_what_breaks_after_the_check_is_trained_exactly_from_there(
+    fraction: float,
+    steps: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Changing(LGPTrainer):
+        """A loss that reads hidden states from the eleventh step on."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            late = self.state.global_step >= 10
+            outputs = model(**inputs, output_hidden_states=late)
+            return outputs.loss + (outputs.hidden_states[1].square().mean() if late else 0.0)
+
+    model = tiny_vit(torch.float32, num_hidden_layers=3)
+    args = arguments(tmp_path, **predicting_soon(fraction, monkeypatch))
+    trainer = Changing(model, args, train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == steps
+    assert trainer.state.global_step == len(losses(trainer)) == 12
+    (warning,) = warnings_of(caplog)
+    assert "trains exactly from step 10 on" in warning and "\n" not in warning
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Leaving(nn.ModuleList):
+    """LayerDrop as encoders of speech have it: their loop leaves out a block at random."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (block for block in super().__iter__() if not self.training or float(torch.rand(())) > 0.3)
+
+
+class Skipping(nn.Module):
+    """LayerDrop within a block, which then hands on what it got."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        left_out = self.training and float(torch.rand(())) < 0.3
+        return hidden if left_out else self.block(hidden, *args, **kwargs)
+
+
+DROPPING = {
+    "in the loop": Leaving,
+    "within blocks": lambda blocks: nn.ModuleList(map(Skipping, blocks)),
+}
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.0])
+@pytest.mark.parametrize("how", DROPPING)
+def test_blocks_left_out_at_random_end_predictions_not_the_run(
+    how: str, fraction: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_vit(torch.float32, num_hidden_layers=4)
+    model.vit.layers = DROPPING[how](model.vit.layers)
+    args = arguments(tmp_path, **predicting_soon(fraction, monkeypatch))
+    trainer = LGPTrainer(model, args, train_dataset=DATA)
+    trainer.train()
+    assert trainer.state.global_step == 12 and sum(trainer._lgp_steps.values()) == 12
+    assert trainer._lgp_steps["exact"] > 0
+    (warning,) = warnings_of(caplog)
+    assert "trains exactly from step" in warning
+    assert not any("forward" in module.__dict__ for module in model.modules())
