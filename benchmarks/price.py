@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, write_json
-
 from hf_lgp.old_estimator import relative_variance
 from hf_lgp.plans import FRACTIONS
 

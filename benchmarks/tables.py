@@ -14,7 +14,6 @@ from typing import Any
 
 from accuracy_summary import BASELINE, by_seed
 from common import RESULTS
-
 from hf_lgp.old_estimator import relative_variance
 
 ROOT = Path(__file__).parents[1]
