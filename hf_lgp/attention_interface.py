@@ -15,11 +15,7 @@ from .rows.parts import AttentionFunction
 
 @contextmanager
 def intercepted_attention(function: AttentionFunction) -> Iterator[None]:
-    """A context in which models call ``function`` for attention; their configuration, and the masks they make for it, stay as they are.
-
-    Args:
-        function: Takes the function that the model would have called, and that function's arguments.
-    """
+    """A context in which models call ``function`` for attention; their configuration, and the masks they make for it, stay as they are."""
     original = AttentionInterface.get_interface
 
     def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:

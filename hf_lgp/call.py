@@ -26,32 +26,17 @@ Observed = Callable[[GroupSpread], None]
 
 @dataclass(frozen=True)
 class HowToWalk:
-    """What the walk needs besides the notes.
+    """What the walk needs besides the notes."""
 
-    Attributes:
-        groups: ``K``, mean rows besides the first row.
-        intercept: Gives a context in which attention goes to another function.
-    """
-
-    groups: int
-    intercept: Intercept
+    groups: int  # K, mean rows besides the first row
+    intercept: Intercept  # gives a context in which attention goes to another function
 
 
 class Call:
     """What one call of a stack knows: what a backward needs belongs to it, never to the module.
 
-    Args:
-        parts: The blocks whose gradients are predicted, in order.
-        unbatched: Arguments of blocks without an entry for each example, by position or name.
-        plan: The plan of the step.
-        number: Of this call within the step: every call draws its own control examples.
-        h0: What enters the first block, shape ``(m, T, D)``.
-        how: How to walk.
-        observed: Is told what a measuring plan measured.
-
-    Attributes:
-        sealed: What the model carries from block to block.
-        done: Number of blocks that were run.
+    ``h0 (m, T, D)`` enters the first of ``parts``, the blocks whose gradients are predicted; ``number`` is that of this call within the step: every call draws its own
+    control examples. The model carries :attr:`sealed` from block to block.
     """
 
     def __init__(

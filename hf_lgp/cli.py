@@ -22,11 +22,7 @@ from .trainer import LGPTrainer
 
 
 class _TrainingReached(BaseException):
-    """Leaves a script where it starts to train; not an ``Exception``, which the script might catch."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
-        self.trainer = trainer
+    """Leaves a script where it starts to train, with its trainer; not an ``Exception``, which the script might catch."""
 
 
 def _reached(trainer: Trainer, *args: Any, **kwargs: Any) -> NoReturn:
@@ -34,12 +30,7 @@ def _reached(trainer: Trainer, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 def trainer_of(script: Path, arguments: Sequence[str]) -> Trainer | None:
-    """The trainer that a script builds, as it stands when its ``train`` is called; None if that never happens.
-
-    Args:
-        script: The script, run as ``__main__``.
-        arguments: Its command line.
-    """
+    """The trainer that a script builds, as it stands when its ``train`` is called; None if that never happens."""
     command, path = [str(script), *arguments], [str(script.resolve().parent), *sys.path]
     try:
         with (
@@ -50,19 +41,12 @@ def trainer_of(script: Path, arguments: Sequence[str]) -> Trainer | None:
         ):
             runpy.run_path(str(script), run_name="__main__")
     except _TrainingReached as reached:
-        return reached.trainer
+        return reached.args[0]
     return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: The command line without the program's name; default: that of this process.
-
-    Returns:
-        The exit status: 0, or 1 if the script never trained or cannot be trained with predictions.
-    """
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="hf-lgp", description=__doc__.strip().splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     probing = commands.add_parser(

@@ -16,10 +16,6 @@ _INSTEAD = "Or train exactly with `lgp_control_fraction=1`."
 def refuse_incompatible(args: TrainingArguments, model: nn.Module | None) -> None:
     """Raise if predictions cannot be used with these arguments or this model.
 
-    Args:
-        args: The training arguments.
-        model: The model to train, or None when it is not built yet.
-
     Raises:
         ValueError: Naming the first obstacle and what to change.
     """

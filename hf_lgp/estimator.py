@@ -21,12 +21,8 @@ FRACTIONS = (0.5, 0.25, 0.125, 0.0625)
 def control_size(examples: int, fraction: float) -> int:
     """Number of control examples ``m_c = round(f m)``, at least 1 and at most ``m``.
 
-    Args:
-        examples: ``m``, at least 1.
-        fraction: Control fraction ``f`` in (0, 1].
-
     Raises:
-        ValueError: If ``fraction`` is outside (0, 1].
+        ValueError: If the fraction is outside (0, 1].
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"The control fraction must lie in (0, 1], got {fraction}.")
@@ -47,38 +43,20 @@ def control_weights(examples: int, controls: int, dtype: torch.dtype, device: to
 
 
 def relative_variance(fraction: float, residual_share: float) -> float:
-    """Variance of the estimate over that of the exact batch gradient.
+    """Variance of the estimate over that of the exact batch gradient, with coefficient 1 and a batch from a large population.
 
     ``V(f) = 1 + (1 / f - 1) sigma_e^2 / sigma^2``                                                        (2)
-
-    for a batch drawn from a large population, with coefficient 1.
-
-    Args:
-        fraction: Control fraction ``f`` in (0, 1].
-        residual_share: ``sigma_e^2 / sigma^2``.
     """
     return 1.0 + (1.0 / fraction - 1.0) * residual_share
 
 
 def price(fraction: float, residual_share: float, cost: float) -> float:
-    """Statistical price: relative variance times relative cost. Plain training has price 1.
-
-    Args:
-        fraction: Control fraction ``f``.
-        residual_share: ``sigma_e^2 / sigma^2``.
-        cost: Time of a step with predictions over that of an exact one.
-    """
-    return relative_variance(fraction, residual_share) * cost  # (3)
+    """Statistical price: relative variance times relative cost, formula (3). Plain training has price 1."""
+    return relative_variance(fraction, residual_share) * cost
 
 
 def best_fraction(costs: Mapping[float, float], residual_share: float, budget: float) -> float:
-    """The control fraction of least price whose variance the budget allows; 1 where none has a price below 1.
-
-    Args:
-        costs: Relative costs of the fractions to choose from.
-        residual_share: ``sigma_e^2 / sigma^2``.
-        budget: Largest relative variance allowed.
-    """
+    """The control fraction of least price whose variance the budget allows, given relative costs; 1 where none has a price below 1."""
     allowed = {
         f: price(f, residual_share, c) for f, c in costs.items() if relative_variance(f, residual_share) <= budget
     }
@@ -89,9 +67,6 @@ def best_fraction(costs: Mapping[float, float], residual_share: float, budget: f
 def spread(sums: Tensor, squares: Tensor, groups: int) -> Tensor:
     """Spread of ``G`` vectors around their mean, ``sum_g |v_g|^2 - |sum_g v_g|^2 / G``: ``G - 1`` times their variance.
 
-    Args:
-        sums: ``|sum_g v_g|^2``.
-        squares: ``sum_g |v_g|^2``, same shape.
-        groups: ``G``.
+    ``sums`` is ``|sum_g v_g|^2`` and ``squares`` is ``sum_g |v_g|^2``, of the same shape.
     """
     return (squares - sums / groups).clamp(min=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +20,7 @@ from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
 from .verify import evaluating, unrandom, verified
 
-_LEARNT = 4
-"""One in so many exact steps that the linear predictor goes on learning from."""
-
-
-class Method(Protocol):
-    """A way to predict gradients, ready for one model."""
-
-    @property
-    def has_first_row(self) -> bool:
-        """Whether some stack's last block can be run on the first row only."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can predict already."""
-
-    def learns_from(self, plan: StepPlan) -> bool:
-        """Whether it takes part in a step that is plain otherwise."""
-
-    def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
-        """A context in which the model follows a plan."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What it learnt."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`."""
+_LEARNT = 4  # one in so many exact steps that the linear predictor goes on learning from
 
 
 @dataclass(frozen=True)
@@ -71,25 +46,17 @@ class RowWalk:
         return spliced(self.stacks, plan, self.how, observed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: the walk learns nothing."""
+        """Nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
+        """Nothing."""
 
 
 def row_walk(
     model: nn.Module, loss: Callable[[int], Any], count: int, groups: int, intercept: Intercept, half: bool
 ) -> RowWalk:
     """The row walk for a model, found and verified.
-
-    Args:
-        model: The model, unwrapped.
-        loss: The loss of the first so many examples of a batch.
-        count: Examples to check with, two at least.
-        groups: ``K``.
-        intercept: Gives a context in which attention goes to another function.
-        half: Whether the model computes in half precision.
 
     Raises:
         UnknownBlock: If its gradients cannot be predicted that way; the message says why.
@@ -134,11 +101,6 @@ class LinearMethod:
 def linear_predictor(model: nn.Module, settings: LGPSettings, device: torch.device) -> LinearMethod:
     """The paper's predictor for a model.
 
-    Args:
-        model: The model, unwrapped.
-        settings: The settings.
-        device: Where it is trained.
-
     Raises:
         UnknownBlock: If its gradients cannot be predicted that way; the message says why.
     """
@@ -148,3 +110,7 @@ def linear_predictor(model: nn.Module, settings: LGPSettings, device: torch.devi
         trunk, window=s.window, rank=s.rank, kernel=s.kernel, ridge=s.ridge, seed=s.seed, device=device, dtype=dtype
     )
     return LinearMethod(trunk, predictor)
+
+
+Method = RowWalk | LinearMethod
+"""A way to predict gradients, ready for one model."""

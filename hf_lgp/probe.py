@@ -28,25 +28,16 @@ _MOST, _TIMES = 256, 4
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What a probe found.
+    """What a probe found."""
 
-    Attributes:
-        fraction: The control fraction of least price within the variance budget; 1 where exact steps are cheapest.
-        residual_share: Share of the gradient's variance that predictions do not explain.
-        step_times: Time of a step over that of a plain ``Trainer`` step, by control fraction; 1 stands for LGPTrainer's own exact steps.
-        exact_seconds: Time of a plain micro-batch.
-        first_row: Whether the last block runs on one row only, since nothing else of its output is read and that is faster.
-        budget: The variance budget.
-        refused: Why gradients of this model cannot be predicted; None if they can.
-    """
-
-    fraction: float = 1.0
-    residual_share: float = 1.0
+    fraction: float = 1.0  # of least price within the variance budget; 1 where exact steps are cheapest
+    residual_share: float = 1.0  # share of the gradient's variance that predictions do not explain
+    # Time of a step over that of a plain `Trainer` step, by control fraction; 1 stands for LGPTrainer's own exact steps.
     step_times: Mapping[float, float] = field(default_factory=lambda: {1.0: 1.0})
-    exact_seconds: float = math.nan
-    first_row: bool = False
+    exact_seconds: float = math.nan  # of a plain micro-batch
+    first_row: bool = False  # whether the last block runs on one row only
     budget: float = math.inf
-    refused: str | None = None
+    refused: str | None = None  # why gradients of this model cannot be predicted
 
     @property
     def prices(self) -> dict[float, float]:

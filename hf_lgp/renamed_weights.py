@@ -18,15 +18,7 @@ from .verify import unrandom
 
 
 def restore_renamed_weights(model: nn.Module | None, checkpoint: str | os.PathLike[str]) -> bool:
-    """Load a checkpoint's weights through ``from_pretrained`` into the given model, in place.
-
-    Args:
-        model: The model to restore, unwrapped.
-        checkpoint: Folder that ``save_pretrained`` wrote.
-
-    Returns:
-        Whether every tensor of the model was restored; False leaves the model untouched.
-    """
+    """Load a checkpoint's weights through ``from_pretrained`` into the given model, in place."""
     if not isinstance(model, PreTrainedModel):
         return False
     with unrandom():

@@ -5,7 +5,7 @@ A value that was not computed must be impossible to read by accident. A mean ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,28 +17,10 @@ class SpliceError(RuntimeError):
     """A model uses its stack of blocks in a way in which it cannot be spliced; the message says which."""
 
 
-_LOOKED_AT = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "requires_grad",
-        "is_cuda",
-        "ndim",
-        "layout",
-        "grad_fn",
-        "is_leaf",
-        "is_sparse",
-    )
-} | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.__len__,
-    Tensor.as_subclass,
-    Tensor.get_device,
+_ATTRIBUTES = "shape dtype device requires_grad is_cuda ndim layout grad_fn is_leaf is_sparse"
+_METHODS = "size dim is_floating_point is_complex __len__ as_subclass get_device"
+_LOOKED_AT = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
+    getattr(Tensor, n) for n in _METHODS.split()
 }
 """What does not read a value."""
 
@@ -55,18 +37,10 @@ class Sealed(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKED_AT:
             return super().__torch_function__(func, types, args, kwargs or {})
-        raise SpliceError(f"what its blocks hand to one another is read elsewhere, by `{_name(func)}`")
+        raise SpliceError(f"what its blocks hand to one another is read elsewhere, by `{func.__name__}`")
 
 
-_ROW_BY_ROW: set[Callable[..., Any]] = {
-    F.layer_norm,
-    F.dropout,
-    F.linear,
-    F.rms_norm,
-    Tensor.to,
-    Tensor.float,
-    Tensor.type_as,
-}
+_ROW_BY_ROW: set[Any] = {F.layer_norm, F.rms_norm, F.dropout, F.linear, Tensor.to, Tensor.float, Tensor.type_as}
 """Functions of each row by itself."""
 
 
@@ -89,7 +63,7 @@ class FirstRow(Tensor):
                 return func(args[0], taken)
             if func is Tensor.select and tuple(args[1:]) == (1, 0):
                 return func(*args)
-        raise SpliceError(f"it reads more than the first row of its last block, by `{_name(func)}`")
+        raise SpliceError(f"it reads more than the first row of its last block, by `{func.__name__}`")
 
 
 def _first_row_of(index: Any) -> Any:
@@ -100,7 +74,3 @@ def _first_row_of(index: Any) -> Any:
     if not ((type(row) is int and row == 0) or row in (slice(0, 1), slice(None, 1), slice(0, 1, 1))):
         return None
     return tuple(index) if index[0] == slice(None) and all(i == slice(None) for i in rest) else None
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))

@@ -36,12 +36,6 @@ class _Reading:
 class Session:
     """The state of one run.
 
-    Args:
-        settings: The settings.
-        exact_steps: Optimizer steps that are exact at the start of an automatic run.
-        device: Where the model is trained.
-        process: Rank of this process.
-
     Attributes:
         method: How gradients are predicted; None before the model was verified, or if it failed.
         refused: Why nothing is predicted; None while there is no reason.
@@ -57,6 +51,7 @@ class Session:
         self.controller = Controller()
         self.steps = {"exact": 0, "predicted": 0}
         self._readings: list[_Reading] = []
+        self._waiting: list[_Reading] = []
         self._staged: tuple[list[_Reading], Tensor, Any] | None = None
         self._position = (-1, 0)
         self._learnt: Mapping[str, Tensor] | None = None
@@ -69,24 +64,11 @@ class Session:
         return Rules(s.control_fraction, s.variance_budget or float("inf"), self.exact_steps, first_row)
 
     def unchecked(self, trained: int) -> bool:
-        """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained.
-
-        Args:
-            trained: Number of parameters that are trained.
-        """
+        """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""
         return self.method is None and (self.refused is None or trained != self._trained)
 
     def use(self, method: Method | None, refused: str | None, trained: int = 0) -> str | None:
-        """Predict with a method from here on, or not at all, for a reason; all processes end up with the same.
-
-        Args:
-            method: The method; None if there is none.
-            refused: Why not.
-            trained: Number of parameters that are trained.
-
-        Returns:
-            Why nothing will be predicted, None if it will.
-        """
+        """Predict with a method from here on, or not at all, for a reason; all processes end up with the same."""
         if processes() > 1 and not holds_everywhere(method is not None, self.device):
             method, refused = None, refused or "it failed the check in another process"
         self.method, self.refused, self._trained = method, refused, trained
@@ -96,13 +78,7 @@ class Session:
         return refused
 
     def plan(self, step: int, examples: int, accumulation: int) -> StepPlan:
-        """The plan of the next micro-batch.
-
-        Args:
-            step: Optimizer steps so far.
-            examples: Size of the micro-batch.
-            accumulation: Micro-batches of an optimizer step.
-        """
+        """The plan of the next micro-batch."""
         micro_batch = self._position[1] + 1 if self._position[0] == step else 0
         self._position = (step, micro_batch)
         if self.method is None or self.refused is not None:
@@ -117,13 +93,7 @@ class Session:
 
     @contextmanager
     def step(self, plan: StepPlan, examples: int, size: float) -> Iterator[None]:
-        """A context for the forward and backward of one micro-batch; nothing is counted if it fails.
-
-        Args:
-            plan: Its plan.
-            examples: Its examples.
-            size: Its size in units of work.
-        """
+        """A context for the forward and backward of one micro-batch; nothing is counted if it fails."""
         spreads: list[GroupSpread] = []
         with ExitStack() as exits:
             if self.method is not None and self.splices(plan):
@@ -137,26 +107,28 @@ class Session:
             self._readings.append(_Reading(kind, self.controller.seen, size, lap, tuple(spreads)))
             self.controller = self.controller.advanced(examples)
 
-    # -- decisions -----------------------------------------------------------------------------------------------------
-
     def _decide(self, step: int) -> None:
-        """Read what is due and choose. On a GPU the numbers are those of the last time: they have arrived, nothing waits."""
+        """Read what is due and choose. On a GPU that is of the time before last: it has arrived, so nothing waits."""
         if self.controller.seen % PERIOD or not self._readings:
             return
-        if self.device.type != "cuda":
-            self._absorb(self._readings, mean_over_processes(self._numbers(self._readings)))
+        if self.device.type == "cuda":
+            self._absorb_staged()
+            if self._waiting:
+                numbers = mean_over_processes(self._numbers(self._waiting))
+                host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+                self._staged = self._waiting, host, mark(self.device)
+            self._waiting = self._readings
         else:
-            if self._staged is not None:
-                readings, numbers, event = self._staged
-                event.synchronize()
-                self._absorb(readings, numbers)
-            numbers = mean_over_processes(self._numbers(self._readings).to(self.device, non_blocking=True))
-            host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._staged = self._readings, host, event
+            self._absorb(self._readings, mean_over_processes(self._numbers(self._readings)))
         self._readings = []
         self.controller = self.controller.decided(self.rules, step)
+
+    def _absorb_staged(self) -> None:
+        if self._staged is not None:
+            readings, numbers, arrived = self._staged
+            arrived.synchronize()
+            self._absorb(readings, numbers)
+        self._staged = None
 
     def _numbers(self, readings: list[_Reading]) -> Tensor:
         """All numbers of some readings as one vector."""
@@ -179,8 +151,6 @@ class Session:
                 controller = controller.measured(residual, total, reading.plan.measure, reading.at)
         self.controller = controller
 
-    # -- figures and state ---------------------------------------------------------------------------------------------
-
     def figures(self) -> dict[str, float]:
         """What to log, by name: the fraction alone while nothing is predicted."""
         if self.method is None or self.refused is not None:
@@ -200,13 +170,10 @@ class Session:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""
-        if self._staged is not None:
-            readings, numbers, event = self._staged
-            event.synchronize()
-            self._absorb(readings, numbers)
-        if self._readings:
-            self._absorb(self._readings, mean_over_processes(self._numbers(self._readings)))
-        self._staged, self._readings = None, []
+        self._absorb_staged()
+        if readings := self._waiting + self._readings:
+            self._absorb(readings, mean_over_processes(self._numbers(readings)))
+        self._waiting, self._readings = [], []
         state = {"controller": self.controller.state_dict(), "steps": self.steps}
         return ({} if self.method is None else self.method.state_dict()), state
 

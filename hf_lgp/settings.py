@@ -6,52 +6,35 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 PREDICTORS = ("auto", "rows", "linear")
-
 Kernel = Literal["linear", "rbf"]
-
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
-_EXACT_SHARE = 10
-"""A run begins with exact steps: one in so many of its optimizer steps, ..."""
-
-_MOST_EXACT_STEPS = 100
-"""... and at most so many."""
+_EXACT_SHARE, _MOST_EXACT_STEPS = 10, 100
+"""A run begins with exact steps: one in so many of its optimizer steps, and at most so many."""
 
 
 @dataclass(frozen=True)
 class LGPSettings:
     """Settings of linear gradient prediction; the fields of ``LGPTrainingArguments`` without their ``lgp_`` prefix.
 
-    Attributes:
-        control_fraction: Share ``f`` of every micro-batch that gets exact gradients, in (0, 1]; 1 is plain training, 0 chooses by
-            measured price, exact steps included.
-        variance_budget: Largest variance of the gradient, relative to the exact one, that an automatic control fraction may cause,
-            above 1; 0 for no limit.
-        exact_steps: Optimizer steps at the start that are exact before an automatic control fraction: gradients are largest
-            there, and Adam remembers their noise. None for a tenth of the run, 100 at most.
-        predictor: ``"auto"``: the row walk where a model's stack of blocks is found and verified, exact steps elsewhere. ``"rows"``: the same, an error
-            elsewhere. ``"linear"``: the paper's predictor.
-        groups: ``K``, mean rows that the row walk follows besides the first row, at least 1.
-        seed: Seed of the private random stream that draws the control examples.
-        window: Recent exact examples that the linear predictor is fitted on, at least 2.
-        rank: Basis vectors per side of a weight matrix in which it stores gradients, at least 1.
-        kernel: ``"linear"`` (the paper's) or ``"rbf"``.
-        ridge: Its regularisation, relative to the kernel's mean diagonal; positive.
-
     Raises:
         ValueError: If a value is out of range; the message says what to change.
     """
 
-    control_fraction: float = 0.0
-    variance_budget: float = 1.1
-    exact_steps: int | None = None
-    predictor: str = "auto"
-    groups: int = 4
-    seed: int = 0
-    window: int = 2048
-    rank: int = 16
-    kernel: Kernel = "rbf"
-    ridge: float = 0.03
+    control_fraction: float = (
+        0.0  # f, share of every micro-batch with exact gradients; 1: plain training, 0: by measured price
+    )
+    variance_budget: float = 1.1  # largest relative variance that an automatic fraction may cause, above 1; 0: no limit
+    exact_steps: int | None = (
+        None  # exact optimizer steps before an automatic fraction; None: a tenth of the run, 100 at most
+    )
+    predictor: str = "auto"  # "rows": the row walk, an error where it is not possible; "auto": exact there; "linear"
+    groups: int = 4  # K, mean rows that the row walk follows besides the first row
+    seed: int = 0  # of the private random stream that draws the control examples
+    window: int = 2048  # linear predictor: recent exact examples that it is fitted on
+    rank: int = 16  # linear predictor: basis vectors per side of a weight matrix
+    kernel: Kernel = "rbf"  # linear predictor: "linear" is the paper's
+    ridge: float = 0.03  # linear predictor: regularisation, relative to the kernel's mean diagonal
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.control_fraction <= 1.0:
@@ -83,11 +66,7 @@ class LGPSettings:
         return 0.0 < self.control_fraction < 1.0 or self.predictor != "auto"
 
     def exact_steps_of(self, steps: int) -> int:
-        """Optimizer steps that are exact before an automatic control fraction.
-
-        Args:
-            steps: Optimizer steps of the whole run.
-        """
+        """Optimizer steps that are exact before an automatic control fraction."""
         return min(steps // _EXACT_SHARE, _MOST_EXACT_STEPS) if self.exact_steps is None else self.exact_steps
 
     @classmethod

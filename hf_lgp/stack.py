@@ -21,15 +21,7 @@ from .call import Call, HowToWalk, Observed
 from .control.plan import StepPlan
 from .rows.block import first_row_of_block
 from .rows.notes import map_tensors
-from .rows.parts import (
-    BlockParts,
-    Intercept,
-    NothingTrained,
-    UnknownBlock,
-    attention_calls,
-    find_parts,
-    forward_replaced,
-)
+from .rows.parts import BlockParts, Intercept, NothingTrained, UnknownBlock, forward_replaced, heard, parts_of
 from .sealed import FirstRow, Sealed, SpliceError
 
 
@@ -38,13 +30,11 @@ class Stack:
     """Blocks that a model runs one after the other on rows of shape ``(m, T, D)``.
 
     Attributes:
-        name: Where it stands in the model.
         parts: Its blocks.
         unbatched: Arguments of blocks that have no entry for each example although their first dimension may equal ``m``: by position or name.
         first_row_only: Whether the first row is all that the model reads of the last block's output.
     """
 
-    name: str
     parts: tuple[BlockParts, ...]
     unbatched: frozenset[int | str] = frozenset()
     first_row_only: bool = False
@@ -66,33 +56,23 @@ def find_stacks(
 
     A stack is a list of modules of which each calls attention once.
 
-    Args:
-        model: The model.
-        run: Runs it on a few examples; called twice, without gradients.
-        fewer: Runs it on one example less; None if that is not possible.
-        intercept: Gives a context in which attention goes to another function.
-
     Raises:
         UnknownBlock: If there is none, or if its attention cannot be followed.
         NothingTrained: If no block has a parameter that is trained.
     """
-    with torch.no_grad():
-        called = set(attention_calls(run, intercept))
-    lists: list[tuple[str, list[nn.Module]]] = []
-    for name, module in model.named_modules():
+    found = heard(model, run, intercept)
+    lists: list[list[nn.Module]] = []
+    for module in model.modules():
         children = list(module.children())
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not children:
             continue
-        if all(sum(m in called for m in child.modules()) == 1 for child in children):
-            lists.append((name, children))
+        if all(sum(m in found.spots for m in child.modules()) == 1 for child in children):
+            lists.append(children)
     if not lists:
         raise UnknownBlock("it has no list of blocks each of which calls attention once")
-    parts = find_parts([block for _, blocks in lists for block in blocks], run, intercept)
-    unbatched = frozenset() if fewer is None else _unbatched(parts, run, fewer)
-    stacks = []
-    for name, blocks in lists:
-        stacks.append(Stack(name, parts[: len(blocks)], unbatched))
-        parts = parts[len(blocks) :]
+    parts = [tuple(parts_of(block, found) for block in blocks) for blocks in lists]
+    unbatched = frozenset() if fewer is None else _unbatched([p for each in parts for p in each], run, fewer)
+    stacks = [Stack(each, unbatched) for each in parts]
     stacks = [stack for stack in stacks if stack.trains]
     if not stacks:
         raise NothingTrained("nothing in its blocks is trained, so there is no gradient to predict")
@@ -132,12 +112,6 @@ def spliced(
     stacks: Sequence[Stack], plan: StepPlan, how: HowToWalk, observed: Observed = lambda _: None
 ) -> Iterator[None]:
     """A context in which a model's stacks follow a plan.
-
-    Args:
-        stacks: The stacks.
-        plan: The plan.
-        how: How to walk.
-        observed: Is told what a measuring plan measured, for each call of a stack.
 
     Raises:
         SpliceError: In the model's forward, if it uses a stack in another way than one block after the other.

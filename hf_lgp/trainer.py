@@ -27,8 +27,7 @@ from .verify import entries_of, evaluating, examples_of, few_of, unrandom
 
 logger = library_logger()
 
-_CHECKED = 4
-"""Examples that the check of a model takes."""
+_CHECKED = 4  # examples that the check of a model takes
 
 
 class _RunBegins(TrainerCallback):
@@ -99,8 +98,6 @@ class LGPTrainer(Trainer):
             except (KeyError, TypeError, ValueError) as error:
                 logger.warning(f"The checkpoint's LGP state is of another version ({error!r}): it is measured anew.")
 
-    # -- a training step -----------------------------------------------------------------------------------------------
-
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -116,12 +113,8 @@ class LGPTrainer(Trainer):
         if session.unchecked(trained := sum(p.requires_grad for p in self._lgp_model.parameters())) and examples >= 2:
             self._lgp_begin(session, batch, num_items_in_batch, trained)
         plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps)
-        # Compiled code would not see the splice.
-        eager = (
-            torch.compiler.set_stance("force_eager")
-            if self.args.torch_compile and session.splices(plan)
-            else nullcontext()
-        )
+        compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         try:
             with eager, session.step(plan, examples, size):
                 loss = super().training_step(model, batch, num_items_in_batch)
@@ -186,8 +179,6 @@ class LGPTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of the step just taken: examples with predicted gradients have hardly any backward pass."""
         return int(super().floating_point_ops(inputs) * self._lgp_cost)
-
-    # -- logs and checkpoints --------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as ``Trainer`` does, with ``lgp/*`` readings beside every training loss, and a line that sums them up at the end."""

@@ -27,20 +27,9 @@ _WIDE, _HALF = 1e-3, 5e-2
 
 
 def verified(
-    model: nn.Module,
-    stacks: Sequence[Stack],
-    loss: Callable[[], Tensor],
-    how: HowToWalk,
-    half: bool = False,
+    model: nn.Module, stacks: Sequence[Stack], loss: Callable[[], Tensor], how: HowToWalk, half: bool = False
 ) -> tuple[Stack, ...]:
     """The stacks, each with what was learnt of whether only the first row of its output is read.
-
-    Args:
-        model: The model, unwrapped.
-        stacks: Its stacks.
-        loss: The loss of a few examples, two at least, as in training.
-        how: How to walk.
-        half: Whether the model computes in half precision.
 
     Raises:
         UnknownBlock: If the spliced model differs from the model; the message says in what.
@@ -125,12 +114,7 @@ def unrandom() -> Iterator[None]:
 
 
 def few_of(inputs: Any, count: int) -> Any:
-    """The first examples of a batch: of every tensor whose first dimension is that of the first tensor found.
-
-    Args:
-        inputs: A batch: a tensor, or nested mappings, tuples and lists of tensors and other values.
-        count: Examples wanted.
-    """
+    """The first examples of a batch: of every tensor whose first dimension is that of the first tensor found."""
     examples = examples_of(inputs)
 
     def few(value: Any) -> Any:

@@ -17,97 +17,51 @@ from typing import Any
 from ..estimator import FRACTIONS, control_size, price, relative_variance
 from .plan import GROUPS, StepPlan
 
-PERIOD = 8
-"""Micro-batches between two decisions."""
-
-MEASURE_EVERY = 32
-"""Micro-batches between two measurements while gradients are predicted."""
-
-CLEAN_EVERY = 101
-"""Micro-batches between two plain exact ones while others are not, to time them; prime to what recurs otherwise."""
-
-_MEASUREMENTS = 8
-"""Measurements before the first choice."""
-
-_MEMORY = 512.0
-"""Micro-batches after which a measurement counts 1/e: sixteen measurements, while gradients are predicted."""
-
-_KEPT = 15
-"""Latest times of each kind of step whose median counts."""
-
-_TRIAL = 6
-"""Times of a kind of step before they are believed."""
-
-_SETTLING = 2
-"""Micro-batches after a change of plan that are not timed: they allocate what later ones reuse."""
+# In micro-batches, where nothing else is said.
+PERIOD = 8  # between two decisions
+MEASURE_EVERY = 32  # between two measurements while gradients are predicted
+CLEAN_EVERY = 101  # between two plain exact ones while others are not, to time them; prime to what recurs otherwise
+_MEASUREMENTS = 8  # measurements before the first choice
+_MEMORY = 512.0  # after which a measurement counts 1/e: sixteen measurements, while gradients are predicted
+_KEPT = 15  # latest times of each kind of step whose median counts
+_TRIAL = 6  # times of a kind of step before they are believed
+_SETTLING = 2  # after a change of plan, not timed: they allocate what later ones reuse
+_MARGIN = 0.95  # expected price, relative to exact steps, below which an untried fraction is tried
+_HYSTERESIS = 0.97  # price, relative to the present one, below which another fraction takes over
+# Until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions would save
+# too little, which only the machine can change. Then measurements of a look.
+_FIRST_LOOK, _LAST_LOOK, _HOPELESS_LOOK, _LOOKS = 64, 1024, 4096, 2
 
 _REHEARSAL = StepPlan(measure=2)
 """An exact step that tells by its time whether operations or their number are dear, before anything dearer is tried."""
 
-_MARGIN = 0.95
-"""Expected price, relative to exact steps, below which an untried fraction is tried."""
-
-_HYSTERESIS = 0.97
-"""Price, relative to the present one, below which another fraction takes over."""
-
-_FIRST_LOOK, _LAST_LOOK, _HOPELESS_LOOK = 64, 1024, 4096
-"""Micro-batches until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions
-would save too little: only the machine can change that."""
-
-_LOOKS = 2
-"""Measurements of a look."""
-
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run was asked for.
+    """What a run was asked for."""
 
-    Attributes:
-        fraction: Fixed control fraction; 0 to choose.
-        budget: Largest relative variance that a choice may cause; infinite without a limit.
-        exact_steps: Optimizer steps at the start that are exact when the fraction is chosen.
-        first_row: Whether some stack's last block can be run on the first row only.
-    """
-
-    fraction: float
-    budget: float
-    exact_steps: int
-    first_row: bool
+    fraction: float  # fixed control fraction; 0 to choose
+    budget: float  # largest relative variance that a choice may cause
+    exact_steps: int  # optimizer steps at the start that are exact when the fraction is chosen
+    first_row: bool  # whether some stack's last block can be run on the first row only
 
 
 @dataclass(frozen=True)
 class Controller:
-    """What was measured so far and what follows from it.
+    """What was measured so far and what follows from it."""
 
-    Attributes:
-        seen: Micro-batches so far.
-        fraction: The fraction followed; 1 for exact steps.
-        times: Latest times per unit of work of each kind of step, by its key.
-        residual: Faded sum over measurements of ``sigma_e^2`` by tensor.
-        total: The same of ``sigma^2``.
-        measurements: Number of measurements.
-        measured_at: Micro-batch of the last one.
-        changed_at: Micro-batch of the last change of fraction.
-        look_at: Micro-batch from which on to look again, while nothing pays.
-        look_after: Micro-batches that the next look that finds nothing will wait.
-        saved: Estimated time saved against plain steps, in seconds.
-        size: Examples of the largest micro-batch so far.
-    """
-
-    seen: int = 0
-    fraction: float = 1.0
-    times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    residual: tuple[float, ...] = ()
-    total: tuple[float, ...] = ()
+    seen: int = 0  # micro-batches so far
+    fraction: float = 1.0  # the fraction followed; 1 for exact steps
+    times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # latest, per unit of work, by kind of step
+    residual: tuple[float, ...] = ()  # faded sum over measurements of sigma_e^2, by tensor
+    total: tuple[float, ...] = ()  # the same of sigma^2
     measurements: int = 0
-    measured_at: int = 0
-    changed_at: int = 0
-    look_at: int = 0
-    look_after: int = _FIRST_LOOK
-    saved: float = 0.0
-    size: int = 0
-
-    # -- what is known -------------------------------------------------------------------------------------------------
+    measured_at: int = 0  # micro-batch of the last one
+    changed_at: int = 0  # micro-batch of the last change of fraction
+    look_at: int = 0  # micro-batch from which on to look again, while nothing pays
+    look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
+    saved: float = 0.0  # estimated seconds saved against plain steps
+    size: int = 0  # examples of the largest micro-batch so far
 
     @property
     def residual_share(self) -> float:
@@ -166,17 +120,8 @@ class Controller:
         """Relative variance of the gradient at a fraction."""
         return relative_variance(fraction, self.residual_share)
 
-    # -- what to do ----------------------------------------------------------------------------------------------------
-
     def plan(self, rules: Rules, step: int, examples: int, accumulation: int = 1) -> StepPlan:
-        """The plan of the next micro-batch, without the seed of its draw.
-
-        Args:
-            rules: What the run was asked for.
-            step: Optimizer steps so far.
-            examples: Size of the micro-batch.
-            accumulation: Micro-batches of an optimizer step.
-        """
+        """The plan of the next micro-batch, without the seed of its draw."""
         fraction = rules.fraction or self.fraction
         if examples < 2 or (fraction < 1.0 and control_size(examples, fraction) == examples):
             fraction = 1.0
@@ -216,8 +161,6 @@ class Controller:
         """Whether even perfect predictions would save too little."""
         return min(map(self.cost, FRACTIONS)) > _MARGIN
 
-    # -- what happened -------------------------------------------------------------------------------------------------
-
     def advanced(self, examples: int) -> Controller:
         """One micro-batch later."""
         return replace(self, seen=self.seen + 1, size=max(self.size, examples))
@@ -245,12 +188,7 @@ class Controller:
         )
 
     def decided(self, rules: Rules, step: int) -> Controller:
-        """With a fraction chosen by what is known now.
-
-        Args:
-            rules: What the run was asked for.
-            step: Optimizer steps so far.
-        """
+        """With a fraction chosen by what is known now."""
         if rules.fraction or step < rules.exact_steps or self.seconds(StepPlan()) is None:
             return self
         if self.fraction >= 1.0:

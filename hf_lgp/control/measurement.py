@@ -17,15 +17,10 @@ from ..estimator import spread
 
 @dataclass(frozen=True)
 class GroupSpread:
-    """Spreads of the group sums of one measurement, float32, on the device.
+    """Spreads of the group sums of one measurement, float32, on the device."""
 
-    Attributes:
-        residual: ``sigma_e^2`` of each tensor, times a constant, shape ``(n,)``.
-        total: ``sigma^2`` of each, times the same, shape ``(n,)``.
-    """
-
-    residual: Tensor
-    total: Tensor
+    residual: Tensor  # ``sigma_e^2`` of each tensor, times a constant, shape ``(n,)``
+    total: Tensor  # ``sigma^2`` of each, times the same, shape ``(n,)``
 
 
 class GroupSums:

@@ -15,21 +15,13 @@ GROUPS = 8
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What is done in one micro-batch.
+    """What is done in one micro-batch."""
 
-    Attributes:
-        fraction: Control fraction ``f``; 1 for exact gradients.
-        measure: Groups of control examples whose exact and predicted gradients are compared; 0 for none.
-        first_row: Whether the last block is run on the first row only, in stacks of which only that is read.
-        seed: Of the draws of control examples; each call of a stack draws anew.
-        all_control: For checks: whether every example is a control example, and yet the splice in place.
-    """
-
-    fraction: float = 1.0
-    measure: int = 0
-    first_row: bool = False
-    seed: int = 0
-    all_control: bool = False
+    fraction: float = 1.0  # control fraction ``f``; 1 for exact gradients
+    measure: int = 0  # groups of control examples whose exact and predicted gradients are compared; 0 for none
+    first_row: bool = False  # whether the last block is run on the first row only, in stacks of which only that is read
+    seed: int = 0  # of the draws of control examples; each call of a stack draws anew
+    all_control: bool = False  # for checks: whether every example is a control example, and yet the splice in place
 
     @property
     def splits(self) -> bool:
@@ -51,11 +43,6 @@ def draw_order(examples: int, seed: int, device: torch.device) -> tuple[Tensor, 
     """A random order of the examples, whose first ``m_c`` are the control examples, and its inverse.
 
     The global random streams stay untouched.
-
-    Args:
-        examples: ``m``.
-        seed: Of this draw.
-        device: Where the order is wanted.
 
     Returns:
         Two int64 tensors of shape ``(m,)``.

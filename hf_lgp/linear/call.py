@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..control.measurement import GroupSpread, GroupSums
+from ..call import Observed
+from ..control.measurement import GroupSums
 from ..control.plan import StepPlan, draw_order, identity_order, private_seed
 from ..estimator import control_scale, control_size, control_weights
 from ..sealed import SpliceError
-from .arguments import Arguments
 from .factored import recorded
-from .features import features_of
-from .outputs import zipped
+from .kernel_ridge import features_of
 from .predictor import LinearPredictor, Observation
 
-OBSERVED_EXAMPLES = 64
-"""Exact examples of a micro-batch that the predictor learns from, at most."""
-
-Observed = Callable[[GroupSpread], None]
+OBSERVED_EXAMPLES = 64  # of a micro-batch's exact ones, at most
+_UNBATCHED = ("cache_position", "head_mask")  # no entry for each example, although their first dimension may equal m
 
 
 class _Joined(torch.autograd.Function):
     """The trunk's outputs for all examples; its backward hands ``delta`` to the call, which gives all gradients."""
 
     @staticmethod
-    def forward(ctx: Any, call: TrunkCall, values: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: TrunkCall, values: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         # An output that is not read has no gradient, which is not the same as zeros: it is no feature.
         ctx.set_materialize_grads(False)
@@ -40,153 +37,105 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *deltas: Tensor | None) -> tuple[Any, ...]:
-        return None, None, *ctx.call.gradients(deltas)
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """Examples that went through the trunk together, with a graph of their own.
-
-    Attributes:
-        part: Which they are, in the order of the call.
-        leaves: Arguments that ask for a gradient.
-        observation: What the backward will tell of the first of them.
-        out: What the trunk returned.
-    """
-
-    part: slice
-    leaves: tuple[Tensor, ...]
-    observation: Observation | None
-    out: Any
+        with torch.autocast(ctx.call.predictor.device.type, enabled=False):
+            return None, None, *ctx.call.gradients(deltas)
 
 
 class TrunkCall:
-    """One call of the trunk: what a backward needs belongs to it, never to the module."""
+    """One call of the trunk, the ``number``-th of its step: what a backward needs belongs to it, never to the module.
+
+    Arguments whose first dimension is that of the first tensor among them have an entry for each example. Raises :class:`SpliceError` if
+    there is no tensor among them, or one that asks for a gradient.
+    """
 
     def __init__(
-        self,
-        forward: Callable[..., Any],
-        plan: StepPlan,
-        number: int,
-        predictor: LinearPredictor,
-        observed: Observed,
-        args: Any,
-        kwargs: Any,
+        self, predictor: LinearPredictor, plan: StepPlan, number: int, observed: Observed, args: Any, kwargs: Any
     ) -> None:
-        self.forward, self.plan, self.predictor, self.observed = forward, plan, predictor, observed
-        self.arguments = Arguments(args, kwargs)
-        self.m = self.arguments.m
-        self.controls = control_size(self.m, plan.fraction)
-        self.whole = self.controls == self.m
+        self.predictor, self.plan, self.observed = predictor, plan, observed
+        leaves, self.spec = tree_flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        self.m = m = next((len(t) for t in tensors if t.dim()), 0)
+        if m == 0 or any(t.requires_grad for t in tensors):
+            raise SpliceError("its trunk is called without examples, or with a tensor that asks for a gradient")
+        self.controls = control_size(m, plan.fraction)
+        self.whole = self.controls == m
         device, seed = predictor.device, private_seed(plan.seed, number)
-        self.order, self.inverse = identity_order(self.m, device) if self.whole else draw_order(self.m, seed, device)
-        self.arguments.reorder(None if self.whole else self.order)
-        groups = min(plan.measure, self.controls) if plan.measure else 1
-        bounds = [round(g * self.controls / groups) for g in range(groups + 1)]
-        # With a graph first: autocast keeps copies of weights, which must not be those made without.
-        self.streams = [self._run(slice(*b), OBSERVED_EXAMPLES // groups) for b in pairwise(bounds)]
+        self.order, self.inverse = identity_order(m, device) if self.whole else draw_order(m, seed, device)
+        fixed = {id(kwargs.get(name)) for name in _UNBATCHED}
+        self.batched = [isinstance(t, Tensor) and t.shape[:1] == (m,) and id(t) not in fixed for t in leaves]
+        self.leaves = [self._in(self.order, t) if b else t for t, b in zip(leaves, self.batched, strict=True)]
+        self.groups = groups = min(plan.measure, self.controls) if plan.measure else 1
+        # Groups of control examples, then the others: autocast keeps copies of weights, which must not be those made without a graph.
+        bounds = [*(round(g * self.controls / groups) for g in range(groups + 1)), *[m] * (not self.whole)]
+        self.parts = [slice(*b) for b in pairwise(bounds)]
+        most = 0 if plan.all_control else OBSERVED_EXAMPLES // groups  # a check, not training, teaches nothing
+        counts = [min(p.stop - p.start, most) if p.start < self.controls else 0 for p in self.parts]
+        self.told = [Observation(predictor, count) for count in counts]
 
-    def _run(self, part: slice, most: int) -> _Stream:
-        args, kwargs, leaves = self.arguments.rows(part)
-        examples, predictor = part.stop - part.start, self.predictor
-        if self.plan.all_control:  # a check, not training: it teaches nothing
-            return _Stream(part, leaves, None, self.forward(*args, **kwargs))
-        count = min(examples, most)
-        observation = Observation(predictor, count)
-        with recorded(predictor.layers, examples, count, predictor.dtype, observation.arrived):
-            return _Stream(part, leaves, observation, self.forward(*args, **kwargs))
+    def _in(self, order: Tensor, value: Tensor) -> Tensor:
+        return value if self.whole else value.index_select(0, order)
 
-    def finish(self) -> Any:
-        """The trunk's output for all examples, in their own order."""
-        outs, sizes = [s.out for s in self.streams], [s.part.stop - s.part.start for s in self.streams]
-        if not self.whole:
-            with torch.no_grad():
-                args, kwargs, _ = self.arguments.rows(slice(self.controls, self.m))
-                outs.append(self.forward(*args, **kwargs))
-            sizes.append(self.m - self.controls)
-        # Where as many examples are controls as not, an output of just that length cannot be told from one by examples.
-        found: list[tuple[Tensor, ...]] = []
-        zipped(lambda *tensors: found.append(tensors), *outs)
-        for tensors in found:
-            alike = len({(t.shape[1:], t.dtype) for t in tensors}) == 1
-            if not alike or [len(t) if t.dim() else 0 for t in tensors] != sizes:
+    def _run(self, forward: Callable[..., Any], part: slice, told: Observation) -> tuple[list[Any], Any]:
+        rows = [t[part] if b else t for t, b in zip(self.leaves, self.batched, strict=True)]
+        args, kwargs = tree_unflatten(rows, self.spec)
+        sizes = part.stop - part.start, len(told.coordinates)
+        hooks = recorded(self.predictor.layers, *sizes, self.predictor.dtype, told.arrived)
+        with torch.set_grad_enabled(part.start < self.controls), hooks:
+            return tree_flatten(forward(*args, **kwargs))
+
+    def run(self, forward: Callable[..., Any]) -> Any:
+        """The trunk's output for all examples, in their own order; :class:`SpliceError` if it cannot be put together from parts."""
+        outs = [self._run(forward, *each) for each in zip(self.parts, self.told, strict=True)]
+        if any((spec, [*map(type, out)]) != (outs[0][1], [*map(type, outs[0][0])]) for out, spec in outs):
+            raise SpliceError("its trunk does not return the same for all examples")
+        sizes = [part.stop - part.start for part in self.parts]
+        results: list[Any] = []
+        traced: dict[int, tuple[Tensor, ...]] = {}
+        for each in zip(*(leaves for leaves, _ in outs), strict=True):
+            results.append(each[0])
+            if not isinstance(each[0], Tensor):
+                if not isinstance(each[0], bool | int | float | str | None):
+                    raise SpliceError(f"its trunk returns a {type(each[0]).__name__}, which has no parts")
+                continue
+            shapes = [(size, *each[0].shape[1:]) for size in sizes]
+            if [t.shape for t in each] != shapes or len({t.dtype for t in each}) > 1:
                 raise SpliceError("its trunk returns a tensor that has no entry for each example")
-        # The streams keep their graphs; what is joined are values.
-        values = [each[0].detach() if len(each) == 1 else torch.cat([t.detach() for t in each]) for each in found]
-        traced = [k for k, tensors in enumerate(found) if tensors[0].requires_grad]
-        self.found, self.values = [found[k] for k in traced], [values[k] for k in traced]
-        results = [self.in_own_order(value) for value in values]
+            value = torch.cat([t.detach() for t in each]) if len(each) > 1 else each[0].detach()
+            results[-1] = self._in(self.inverse, value)
+            if each[0].requires_grad:
+                traced[len(results) - 1] = (value, *each)
+        self.values, self.found = [value for value, *_ in traced.values()], [each for _, *each in traced.values()]
         if traced:
-            control = [t[: self.controls] if batched else t for t, batched in self.arguments.traced]
-            with_graph = _Joined.apply(self, [results[k] for k in traced], *control, *self.predictor.parameters)
-            for k, result in zip(traced, with_graph, strict=True):
+            joined = _Joined.apply(self, [results[k] for k in traced], *self.predictor.parameters)
+            for k, result in zip(traced, joined, strict=True):
                 results[k] = result
-        ordered = iter(results)
-        return zipped(lambda *_: next(ordered), *outs)
-
-    def in_own_order(self, value: Tensor) -> Tensor:
-        """Values of all examples in the order in which they came."""
-        return value if self.whole else value.index_select(0, self.inverse)
+        return tree_unflatten(results, outs[0][1])
 
     def gradients(self, deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of the arguments that asked for one and of the trunk's parameters, by formula (1); then the predictor learns.
-
-        Args:
-            deltas: Gradients of the outputs; None for those that are not read.
-        """
+        """Gradients of the trunk's parameters by formula (1), from those of its outputs, None if not read; then the predictor learns."""
         predictor, scale = self.predictor, control_scale(self.m, self.controls)
-        given = {k: d if self.whole else d.index_select(0, self.order) for k, d in enumerate(deltas) if d is not None}
-        with torch.no_grad(), torch.autocast(predictor.device.type, enabled=False):
-            known = features_of([self.values[k] for k in given], list(given.values()), predictor.dtype)
+        given = {k: self._in(self.order, delta) for k, delta in enumerate(deltas) if delta is not None}
+        features, pulled = features_of([self.values[k] for k in given], list(given.values()), predictor.dtype)
+        totals, sums = list[Tensor | None]([None] * len(predictor.parameters)), GroupSums()
+        if not self.whole:
             # Before anything is learnt from these examples: what is predicted must not depend on the draw.
             weights = control_weights(self.m, self.controls, predictor.dtype, predictor.device)
-            blank: list[Tensor | None] = [None] * len(predictor.parameters)
-            predicted = blank if self.whole else predictor.gradients(*known, weights)
-        of_parameters, sums, pieces = predicted, GroupSums(), []
-        features, pulled = known[0], scale * known[1]
-        for number, stream in enumerate(self.streams):
-            outs = [self.found[k][number] for k in given]
-            wanted = [*stream.leaves, *predictor.parameters]
-            scaled = [scale * d[stream.part] for d in given.values()]
-            exact = torch.autograd.grad(outs, wanted, scaled, allow_unused=True)
-            of_stream, part = exact[len(stream.leaves) :], stream.part
-            pieces.append(exact[: len(stream.leaves)])
-            of_parameters = [_sum(pair) for pair in zip(of_parameters, of_stream, strict=True)]
+            totals = predictor.gradients(features, pulled, weights)
+        pulled = scale * pulled
+        for number, part in enumerate(self.parts[: self.groups]):
+            outs, scaled = [self.found[k][number] for k in given], [scale * delta[part] for delta in given.values()]
+            exact = torch.autograd.grad(outs, predictor.parameters, scaled, allow_unused=True)
+            totals = [a if b is None else b if a is None else a + b for a, b in zip(totals, exact, strict=True)]
             if self.plan.measure:
-                self._compare(sums, of_stream, features[part], pulled[part])
+                guess = predictor.gradients(features[part], pulled[part], torch.ones_like(features[part, 0]))
+                both = zip(exact, guess, strict=True)
+                pairs = [(g, torch.zeros_like(g) if p is None else p) for g, p in both if g is not None]
+                sums.add(*zip(*pairs, strict=True))
         if self.plan.measure:
             self.observed(sums.spread())
-        self._learn(features, pulled)
-        of_arguments = [self._joined_argument(k, each) for k, each in enumerate(zip(*pieces, strict=True))]
-        return [*of_arguments, *of_parameters]
-
-    @torch.no_grad()
-    def _compare(self, sums: GroupSums, exact: Sequence[Tensor | None], features: Tensor, pulled: Tensor) -> None:
-        """Add the gradients of one group, exact and predicted."""
-        with torch.autocast(features.device.type, enabled=False):
-            predicted = self.predictor.gradients(features, pulled, torch.ones_like(features[:, 0]))
-        pairs = [(g, p) for g, p in zip(exact, predicted, strict=True) if g is not None]
-        sums.add([g for g, _ in pairs], [torch.zeros_like(g) if p is None else p for g, p in pairs])
-
-    @torch.no_grad()
-    def _learn(self, features: Tensor, pulled: Tensor) -> None:
-        observations = [s.observation for s in self.streams if s.observation is not None]
-        rows = [
-            slice(s.part.start, s.part.start + len(o.coordinates))
-            for s, o in zip(self.streams, observations, strict=False)
-        ]
-        if observations:
-            with torch.autocast(features.device.type, enabled=False):
-                features, pulled = (torch.cat([t[r] for r in rows]) for t in (features, pulled))
-                self.predictor.observe(features, pulled, observations)
-
-    def _joined_argument(self, k: int, parts: Sequence[Tensor | None]) -> Tensor | None:
-        if not self.arguments.traced[k][1] or any(part is None for part in parts):
-            return _sum(parts)
-        return torch.cat([part for part in parts if part is not None])
-
-
-def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of what is there; None where nothing is."""
-    there = [term for term in terms if term is not None]
-    return sum(there[1:], start=there[0]) if there else None
+        if not self.plan.all_control:
+            known = zip(self.parts, self.told, strict=True)
+            seen = [slice(part.start, part.start + len(told.coordinates)) for part, told in known]
+            features, pulled = (torch.cat([t[rows] for rows in seen]) for t in (features, pulled))
+            predictor.observe(features, pulled, self.told)
+        return totals

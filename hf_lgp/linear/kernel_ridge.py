@@ -11,30 +11,21 @@ Both are linear in ``h``, so a prediction scales with the loss as the gradient d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Kernel = Literal["linear", "rbf"]
-KERNELS: tuple[str, ...] = get_args(Kernel)
+from ..settings import Kernel
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A fitted regression on ``n`` examples.
+class Fit(NamedTuple):
+    """A fitted regression on ``n`` examples: ``(a - centre) * scale (n, D)``, ``h (n, D)`` and ``(K + lambda I)^-1 C (n, P)`` for targets ``C``.
 
-    Attributes:
-        kernel: Which kernel it uses.
-        features: ``a``, shape ``(n, D)``, standardised where the kernel asks for it.
-        pulled: ``h``, shape ``(n, D)``.
-        dual: ``(K + lambda I)^-1 C`` for targets ``C``, shape ``(n, P)``.
-        centre: Mean of the features, shape ``(D,)``; zeros for the linear kernel.
-        scale: What features are multiplied by, shape ``()``; one for the linear kernel.
+    For (5) the centre is the features' mean and the scale ``1 / (s sqrt(D))``; for (4) they are zeros and one.
     """
 
-    kernel: Kernel
     features: Tensor
     pulled: Tensor
     dual: Tensor
@@ -42,76 +33,59 @@ class Fit:
     scale: Tensor
 
 
-def kernel_matrix(kernel: Kernel, features: Tensor, pulled: Tensor, others: Tensor, others_pulled: Tensor) -> Tensor:
-    """The kernel between ``q`` and ``n`` examples, (4) or (5) with standardised features; shape ``(q, n)``.
+def features_of(outputs: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features ``(m, D)`` and last-layer gradients ``(m, D)`` of ``m`` examples, each a function of that example alone.
 
-    Args:
-        kernel: Which one.
-        features: ``a`` of the first, shape ``(q, D)``.
-        pulled: ``h`` of the first, shape ``(q, D)``.
-        others: ``a`` of the second, shape ``(n, D)``.
-        others_pulled: ``h`` of the second, shape ``(n, D)``.
-
-    Raises:
-        ValueError: If the kernel is unknown.
+    They come from those tensors of the trunk's output that are read, ``(m, D)``, ``(m, T, D)`` or ``(m, D, height, width)``, side by side. A vector is its
+    own feature. Of rows, ``h`` is the sum of their gradients and ``a`` their mean weighted by the gradients' norms: the class token's row
+    where only that is read, the mean where rows are averaged.
     """
-    products = features @ others.T
+    features, pulled = [], []
+    for out, delta in zip(outputs, deltas, strict=True):
+        a, h = out.to(dtype), delta.to(dtype)
+        if a.dim() != 3:  # as rows (m, T, D)
+            a, h = (t.flatten(2).mT if t.dim() > 3 else t.reshape(len(t), 1, -1) for t in (a, h))
+        norms = h.norm(dim=-1)
+        shares = norms / norms.sum(1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        features.append((shares[:, None] @ a)[:, 0])
+        pulled.append(h.sum(1))
+    return torch.cat(features, 1), torch.cat(pulled, 1)
+
+
+def _kernel_matrix(kernel: Kernel, a: Tensor, h: Tensor, others: Tensor, others_h: Tensor) -> Tensor:
+    """(4) or (5) between ``q`` and ``n`` examples with scaled features; shape ``(q, n)``."""
+    similarity = a @ others.T
     if kernel == "linear":
-        similarity = products + 1.0
-    elif kernel == "rbf":
-        squares = features.square().sum(1)[:, None] + others.square().sum(1)[None, :]
-        similarity = ((2.0 * products - squares).clamp(max=0.0) / (2.0 * features.shape[1])).exp()
+        similarity = similarity + 1.0
     else:
-        raise ValueError(f"Unknown kernel {kernel!r}: choose one of {', '.join(KERNELS)}.")
-    return similarity * (pulled @ others_pulled.T)
+        squares = a.square().sum(1)[:, None] + others.square().sum(1)
+        similarity = (similarity - squares / 2.0).clamp(max=0.0).exp()
+    return similarity * (h @ others_h.T)
 
 
-def fit(features: Tensor, pulled: Tensor, targets: Tensor, kernel: Kernel = "linear", ridge: float = 0.03) -> Fit:
-    """Fit the regression.
+def fit(kernel: Kernel, ridge: float, features: Tensor, pulled: Tensor, targets: Tensor) -> Fit:
+    """Fit the regression on ``a (n, D)``, ``h (n, D)`` and targets ``C (n, P)``.
 
-    Args:
-        features: ``a``, shape ``(n, D)``.
-        pulled: ``h``, shape ``(n, D)``.
-        targets: ``C``, shape ``(n, P)``.
-        kernel: Which kernel.
-        ridge: Penalty relative to the kernel's mean diagonal, ``lambda = ridge * mean_i k(i, i)``, so that its meaning does not depend on any scale.
-
-    Returns:
-        The fit. It predicts zeros if the kernel matrix cannot be factorised: no device is stalled by looking.
-
-    Raises:
-        ValueError: If the kernel is unknown or ``ridge`` is not positive.
+    The penalty is ``lambda = ridge * mean_i k(i, i)``, so that it does not depend on any scale. A kernel matrix that cannot
+    be factorised gives a fit that predicts zeros: no device is stalled by looking.
     """
-    if not ridge > 0:
-        raise ValueError(f"The ridge must be positive, got {ridge}.")
     centre, scale = torch.zeros_like(features[0]), features.new_ones(())
     if kernel == "rbf":
         # One scale for all features: those that vary more tell more.
-        variance = features.var(0, unbiased=False).mean()
-        centre, scale = features.mean(0), torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
+        spread = features.var(0, unbiased=False).sum()
+        centre, scale = features.mean(0), torch.where(spread > 0, spread, torch.ones_like(spread)).rsqrt()
     features = (features - centre) * scale
-    gram = kernel_matrix(kernel, features, pulled, features, pulled)
+    gram = _kernel_matrix(kernel, features, pulled, features, pulled)
     penalty = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(penalty.expand(len(gram))))
     # One memory layout, whatever the solver returns: rounding depends on it, and a resumed run must round alike.
     dual = torch.cholesky_solve(targets, factor).contiguous()
     healthy = (failed == 0) & dual.isfinite().all()
-    return Fit(kernel, features, pulled.clone(), torch.where(healthy, dual, torch.zeros_like(dual)), centre, scale)
+    return Fit(features, pulled.clone(), torch.where(healthy, dual, torch.zeros_like(dual)), centre, scale)
 
 
-def predict(fitted: Fit, features: Tensor, pulled: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Predicted coordinates of ``q`` examples, or of a weighted sum of them.
-
-    Args:
-        fitted: The regression.
-        features: ``a``, shape ``(q, D)``.
-        pulled: ``h``, shape ``(q, D)``.
-        weights: Weights of the sum, shape ``(q,)``; None for every example by itself.
-
-    Returns:
-        Shape ``(q, P)``, or ``(P,)`` for a sum.
-    """
+def predict(kernel: Kernel, fitted: Fit, features: Tensor, pulled: Tensor, weights: Tensor) -> Tensor:
+    """Coordinates, shape ``(P,)``, predicted for a weighted sum of ``q`` examples: ``a (q, D)``, ``h (q, D)``, ``w (q,)``."""
     features = (features - fitted.centre) * fitted.scale
-    rows = kernel_matrix(fitted.kernel, features, pulled, fitted.features, fitted.pulled)
     # Summing before the large product makes its cost that of one example.
-    return (rows if weights is None else weights @ rows) @ fitted.dual
+    return weights @ _kernel_matrix(kernel, features, pulled, fitted.features, fitted.pulled) @ fitted.dual

@@ -8,33 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..call import Observed
 from ..control.plan import StepPlan
 from ..rows.parts import UnknownBlock, forward_replaced
-from .call import Observed, TrunkCall
+from .call import TrunkCall
 from .factored import find_layers
 from .predictor import LinearPredictor
 
 
 def find_trunk(model: nn.Module) -> nn.Module:
-    """The part of a model below its head: the module that its ``base_model_prefix`` names.
-
-    Raises:
-        UnknownBlock: If there is none, or if its gradients cannot be predicted; the message says why.
-    """
+    """The module below a model's head, named by its ``base_model_prefix``; :class:`UnknownBlock` says why its gradients cannot be predicted."""
     trunk = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     if not isinstance(trunk, nn.Module) or trunk is model:
         raise UnknownBlock("it does not say by `base_model_prefix` which of its modules is its trunk")
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trunk.modules()):
         raise UnknownBlock("a BatchNorm in its trunk couples the examples of a batch")
     if not find_layers(trunk):
-        raise UnknownBlock(
-            "no linear layer, layer norm or convolution of its trunk is trained, so there is no gradient to predict"
-        )
+        raise UnknownBlock("no linear layer, layer norm or convolution of its trunk is trained")
     return trunk
 
 
@@ -42,27 +38,17 @@ def find_trunk(model: nn.Module) -> nn.Module:
 def spliced_trunk(
     trunk: nn.Module, plan: StepPlan, predictor: LinearPredictor, observed: Observed = lambda _: None
 ) -> Iterator[None]:
-    """A context in which a trunk follows a plan, forward and backward; the predictor learns from every backward.
+    """A context in which a trunk follows a plan, forward and backward; its predictor learns from every backward.
 
-    A call without gradients is left as it is.
-
-    Args:
-        trunk: The trunk.
-        plan: The plan.
-        predictor: A predictor of this trunk.
-        observed: Is told what a measuring plan measured, for each call of the trunk.
-
-    Raises:
-        SpliceError: In the model's forward, if what the trunk returns cannot be put together from parts.
+    ``observed`` is told what a measuring plan measured, for each call of the trunk. A call without gradients is left as it is. The model's forward raises
+    :class:`~hf_lgp.sealed.SpliceError` if the trunk's arguments or what it returns cannot be taken apart by examples.
     """
-    forward, calls = trunk.forward, 0
+    forward, numbers = trunk.forward, count()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        calls += 1
-        return TrunkCall(forward, plan, calls - 1, predictor, observed, args, kwargs).finish()
+        if torch.is_grad_enabled():
+            return TrunkCall(predictor, plan, next(numbers), observed, args, kwargs).run(forward)
+        return forward(*args, **kwargs)
 
     with forward_replaced((trunk, run)):
         yield

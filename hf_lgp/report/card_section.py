@@ -23,15 +23,7 @@ _INTRODUCTION = (
 def section(
     log_history: Sequence[Mapping[str, Any]], settings: LGPSettings, model_class: str, source: str, figure: str | None
 ) -> str:
-    """Markdown of the whole section, from its heading on, without a line break at the end.
-
-    Args:
-        log_history: ``TrainerState.log_history``.
-        settings: The settings that the run was started with.
-        model_class: Class of ``transformers`` that loads the model.
-        source: Repository or folder that the model is loaded from.
-        figure: Link to the run's figure, relative to the card; None if there is none.
-    """
+    """Markdown of the whole section, from its heading on, without a line break at the end."""
     parts = ["## Linear gradient prediction", _INTRODUCTION]
     readings = [entry for entry in log_history if "lgp/fraction" in entry]
     if readings:

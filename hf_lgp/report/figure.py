@@ -17,13 +17,6 @@ _LOSS, _EVALUATION, _FRACTION, _RHO2 = "#4477aa", "#ee6677", "#222222", "#228833
 def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
     """Draw losses, control fraction and variance explained over the steps of a run.
 
-    Args:
-        log_history: ``TrainerState.log_history``.
-        path: Where the image goes; the suffix says in which format. Replaced in one go if there is one already.
-
-    Returns:
-        Whether a figure was drawn: not without matplotlib, nor of a run in which nothing was predicted.
-
     Raises:
         OSError: If the file cannot be written.
     """
@@ -66,10 +59,6 @@ def series(log_history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[fl
     """Steps and finite values of one reading, in the order of the log.
 
     Entries without a step count as taken at the step before them.
-
-    Args:
-        log_history: ``TrainerState.log_history``.
-        name: Key of the reading.
     """
     steps, values, step = [], [], 0.0
     for entry in log_history:

@@ -6,8 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping
 
-PREFIX = "lgp/"
-"""Trackers group what is logged by the part of its name before the slash."""
+PREFIX = "lgp/"  # trackers group what is logged by the part of its name before the slash
 
 
 class _WhereNobodyListens(logging.StreamHandler):  # type: ignore[type-arg]
@@ -33,14 +32,7 @@ def readings(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def summary(figures: Mapping[str, float], steps: Mapping[str, int], seconds: float, refused: str | None) -> str:
-    """One line for a person at the end of a run.
-
-    Args:
-        figures: The last figures of the run.
-        steps: Numbers of ``exact`` and ``predicted`` micro-batches.
-        seconds: Time of the whole run.
-        refused: Why nothing was predicted; None if there was no reason.
-    """
+    """One line for a person at the end of a run."""
     if refused is not None:
         return f"LGPTrainer: all gradients were exact, because {refused}."
     count = sum(steps.values())

@@ -53,17 +53,6 @@ def extend_card(
     A figure is linked if ``lgp.png`` lies beside the card. Results that ``Trainer`` put into the metadata stay; if it put none,
     which it does when task or data set are not named, those of the last evaluation are added.
 
-    Args:
-        folder: Folder with the card. Without a card nothing happens.
-        log_history: ``TrainerState.log_history``.
-        settings: The settings that the run was started with.
-        model_class: Name of the model's class; empty to read it off the folder's ``config.json``.
-        source: Where the model can be loaded from: a repository; None for the folder's name.
-        dataset: What the model was evaluated on, as given to ``Trainer.create_model_card``.
-
-    Returns:
-        Whether the card was extended. A card that cannot be read is left as it is, with a warning.
-
     Raises:
         OSError: If the card cannot be written.
     """
@@ -105,14 +94,7 @@ def extend_card(
 def evaluation_results(
     log_history: Sequence[Mapping[str, Any]], task: str, task_name: str, dataset: str | None
 ) -> list[EvalResult]:
-    """Results for a card's metadata, of the last evaluation in a log; none if nothing was evaluated.
-
-    Args:
-        log_history: ``TrainerState.log_history``.
-        task: Type of the task on the Hub.
-        task_name: The task's name for readers.
-        dataset: What was evaluated on; None if unknown.
-    """
+    """Results for a card's metadata, of the last evaluation in a log; none if nothing was evaluated."""
     last: Mapping[str, Any] = next(
         (entry for entry in reversed(log_history) if any(key.startswith("eval_") for key in entry)), {}
     )

@@ -90,16 +90,8 @@ def attend_folded(
 ) -> Tensor:
     """Attention of a few rows to all, keys and values being linear in ``x``.
 
-    Args:
-        query: Scaled queries, shape ``(m, H, S, d)``.
-        x: What keys and values are made of, shape ``(m, T, D)``.
-        key: Weight ``(H d, D)`` and bias of the layer that would make the keys.
-        value: The same for values.
-        bias: What is added to scores, broadcastable to ``(m, H, S, T)``; or None.
-        kept: What dropout leaves of the probabilities, shape ``(m, H, S, T)``; or None.
-
-    Returns:
-        Shape ``(m, S, H, d)``.
+    ``query`` is ``(m, H, S, d)`` and scaled, ``x`` ``(m, T, D)``, a layer's weight ``(H d, D)``; ``bias`` and ``kept``, what is added to scores and what
+    dropout leaves of probabilities, broadcast to ``(m, H, S, T)``. The result is ``(m, S, H, d)``.
     """
     _, heads, _, d = query.shape
     dtype = query.dtype
@@ -142,13 +134,8 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 def rows_of_bias(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What an attention mask adds to the scores of a few query rows.
 
-    Args:
-        mask: None, or a mask that broadcasts to ``(m, H, T, T)``: boolean, True where a key may be read, or added to scores.
-        weights: ``(m, T, S)``, how much of each row a query row consists of; None for the first row alone.
-        dtype: Of the scores.
-
-    Returns:
-        What to add to scores ``(m, H, S, T)``, broadcastable: the mean over the rows that a query row consists of; or None.
+    ``mask`` broadcasts to ``(m, H, T, T)`` and is boolean, True where a key may be read, or added to scores. ``weights (m, T, S)`` tell how much of each row a
+    query row consists of, None the first row alone. The result, broadcastable to ``(m, H, S, T)``, is the mean over those rows.
     """
     if mask is None:
         return None

@@ -64,17 +64,9 @@ def run_rows(
 ) -> Any:
     """A block's output for a few rows, its attention reading all rows.
 
-    Args:
-        parts: The block.
-        notes: What was noted of its forward.
-        x: What keys and values are made of, shape ``(m, T, D)``.
-        rows: The rows to follow, shape ``(m, S, D)``.
-        normal: The same after the block's front norm; None where it has none.
-        weights: What they consist of, shape ``(m, T, S)``; None for the first row alone, whose output is then the model's own.
-        intercept: Gives a context in which attention goes to another function.
-
-    Returns:
-        What the block returns: rows of shape ``(m, S, D)``, or a tuple that begins with them.
+    ``x (m, T, D)`` is what keys and values are made of, ``rows (m, S, D)`` the rows to follow, ``normal`` the same after the block's front norm, if it has one.
+    ``weights (m, T, S)`` tell what they consist of; None stands for the first row alone, whose output is then the model's own. The result is what the block
+    returns: rows ``(m, S, D)``, or a tuple that begins with them.
     """
     made: list[Tensor] = []  # keys and values of all rows, where they do not fold
 
@@ -121,15 +113,7 @@ def first_row_of_block(
 ) -> Any:
     """A block's output for the first row of every example, exact, with a graph.
 
-    Args:
-        parts: The block.
-        hidden: Rows that enter it, shape ``(m, T, D)``.
-        args: Its other arguments.
-        kwargs: Those given by name.
-        intercept: Gives a context in which attention goes to another function.
-
-    Returns:
-        What the block returns: rows of shape ``(m, 1, D)``, or a tuple that begins with them.
+    From rows ``hidden (m, T, D)`` and the block's other arguments, what the block returns: rows ``(m, 1, D)``, or a tuple that begins with them.
     """
     x = hidden if parts.front is None else parts.front(hidden)
     normal = None if parts.front is None else x[:, :1]

@@ -29,9 +29,6 @@ def group_rows(hidden: Tensor, groups: int) -> Tensor:
     Args:
         hidden: Rows, shape ``(m, T, D)`` with ``T >= 2``.
         groups: ``K >= 1``.
-
-    Returns:
-        Membership, shape ``(m, T, 1 + K)``, one 1 in every row, in the dtype of ``hidden`` or float32 if that is half.
     """
     bits = max(1, (groups - 1).bit_length())
     normal = F.layer_norm(hidden, hidden.shape[-1:])
@@ -52,8 +49,5 @@ def row_weights(member: Tensor, asked: Tensor) -> Tensor:
     Args:
         member: Membership, shape ``(m, T, 1 + K)``.
         asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit.
-
-    Returns:
-        Weights ``G``, shape ``(m, T, 1 + K)``: columns sum to 1, those of empty groups to 0.
     """
     return F.normalize(member * (asked + _SMALL), p=1.0, dim=1, eps=1e-30)

@@ -11,15 +11,7 @@ from torch import Tensor, nn
 
 
 def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer norm's output and the scale ``1 / sigma`` of every row.
-
-    Args:
-        norm: The layer norm, over the last dimension.
-        rows: Its input, shape ``(m, T, D)``.
-
-    Returns:
-        What ``norm(rows)`` is, and the scales, shape ``(m, T, 1)``, without a graph.
-    """
+    """A layer norm's output of rows ``(m, T, D)``, and the scale ``1 / sigma`` of each, ``(m, T, 1)``, without a graph."""
     if torch.is_autocast_enabled(rows.device.type):  # which knows `layer_norm` alone
         with torch.no_grad():
             wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -30,16 +22,7 @@ def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_of_means(norm: nn.LayerNorm, rows: Tensor, scale: Tensor) -> Tensor:
-    """The layer norm of mean rows at the scale of the rows they stand for.
-
-    Args:
-        norm: The layer norm.
-        rows: Mean rows, shape ``(m, S, D)``.
-        scale: The weighted means of their rows' ``1 / sigma``, shape ``(m, S, 1)``.
-
-    Returns:
-        ``weight * (rows - mean) / sigma + bias``, with ``sigma``'s own gradient as in a layer norm, scaled from ``1 / sigma`` of the mean row to ``scale``.
-    """
+    """The layer norm of mean rows ``(m, S, D)`` at ``scale (m, S, 1)``, the weighted mean of ``1 / sigma`` of the rows they stand for."""
     normal = F.layer_norm(rows, norm.normalized_shape, None, None, norm.eps)
     with torch.no_grad():
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))

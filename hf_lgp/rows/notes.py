@@ -25,21 +25,13 @@ class StreamNotes:
 
 @dataclass(frozen=True)
 class BlockNotes:
-    """What is known of one block's forward on ``m`` examples.
+    """What is known of one block's forward on ``m`` examples."""
 
-    Attributes:
-        hidden: Rows that entered, shape ``(m, T, D)``, without a graph.
-        args: The block's other arguments; batched tensors are in the order of ``hidden``.
-        kwargs: The same for those given by name.
-        batched: The tensors among them that have an entry for each example, by identity.
-        stream: What the block noted.
-    """
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    batched: frozenset[int]
-    stream: StreamNotes
+    hidden: Tensor  # rows that entered, shape ``(m, T, D)``, without a graph
+    args: tuple[Any, ...]  # the block's other arguments; batched tensors are in the order of ``hidden``
+    kwargs: Mapping[str, Any]  # the same for those given by name
+    batched: frozenset[int]  # the tensors among them that have an entry for each example, by identity
+    stream: StreamNotes  # what the block noted
 
     def take(self, part: slice) -> BlockNotes:
         """The notes of some examples."""

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class AttentionFunction(Protocol):
-    """An attention function as models call it.
-
-    ``query`` is ``(m, H, S, d)``, ``key`` and ``value`` ``(m, H, T, d)``; the result is ``(m, S, H, d)`` and, or None, attention weights. ``plain`` is the
-    function that the model would have called.
-    """
-
-    def __call__(
-        self,
-        plain: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any: ...
-
+AttentionFunction = Callable[..., Any]
+"""``(plain, module, query, key, value, mask, **options)``, ``plain`` being what the model would have called with the rest: ``query`` is ``(m, H, S, d)``, ``key`` and
+``value`` ``(m, H, T, d)``; the result is ``(m, S, H, d)`` and, or None, attention weights."""
 
 Intercept = Callable[[AttentionFunction], AbstractContextManager[None]]
 """A context in which a model's attention goes to another function."""
@@ -36,25 +20,15 @@ Intercept = Callable[[AttentionFunction], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class BlockParts:
-    """A block and those of its modules that the walk treats by themselves.
+    """A block and those of its modules that the walk treats by themselves."""
 
-    Attributes:
-        block: The block.
-        attention: The module whose first argument is ``x``, the rows that keys and values are made of.
-        front: The norm between the block's input and ``x``; None where ``x`` is the block's input.
-        key: The layer whose output, split into heads, is the keys; None if they are made in another way.
-        value: The same for values; None along with ``key``.
-        norms: Layer norms of the block, without ``front``.
-        dropouts: Its dropouts.
-    """
-
-    block: nn.Module
-    attention: nn.Module
-    front: nn.Module | None
-    key: nn.Linear | None
-    value: nn.Linear | None
-    norms: tuple[nn.LayerNorm, ...]
-    dropouts: tuple[nn.Dropout, ...]
+    block: nn.Module  # the block
+    attention: nn.Module  # the module whose first argument is ``x``, the rows that keys and values are made of
+    front: nn.Module | None  # the norm between the block's input and ``x``; None where ``x`` is the block's input
+    key: nn.Linear | None  # the layer whose output, split into heads, is the keys; None if they are made in another way
+    value: nn.Linear | None  # the same for values; None along with ``key``
+    norms: tuple[nn.LayerNorm, ...]  # layer norms of the block, without ``front``
+    dropouts: tuple[nn.Dropout, ...]  # its dropouts
 
 
 class UnknownBlock(ValueError):
@@ -79,114 +53,70 @@ def forward_replaced(*replacements: tuple[nn.Module, Callable[..., Any]]) -> Ite
         yield
 
 
-@dataclass(frozen=True)
-class _Spot:
-    """One call of attention: its module and the tensors it was given."""
+class Heard(NamedTuple):
+    """What one forward of a model was heard to do: the first call of every module."""
 
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    spots: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]  # query, key and value, by the module that called attention
+    entered: dict[nn.Module, Any]  # first arguments
+    made: dict[nn.Module, Any]  # what was returned
 
 
-def attention_calls(run: Callable[[], Any], intercept: Intercept) -> list[nn.Module]:
-    """Run a model and list the modules that called attention, in order."""
-    called: list[nn.Module] = []
-
-    def note(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        called.append(module)
-        return plain(module, *args, **kwargs)
-
-    with intercept(note):
-        run()
-    return called
-
-
-def find_parts(blocks: Sequence[nn.Module], run: Callable[[], Any], intercept: Intercept) -> tuple[BlockParts, ...]:
-    """Learn the parts of blocks from one forward.
-
-    Args:
-        blocks: The blocks, each of which calls attention once.
-        run: Runs the model; called once, without gradients.
-        intercept: Gives a context in which attention goes to another function.
-
-    Raises:
-        UnknownBlock: If a block's attention reads something else than its input or a norm of it.
-    """
-    inside = {module for block in blocks for module in block.modules()}
-    entered: dict[nn.Module, Any] = {}
-    made: dict[nn.Module, Any] = {}
-    spots: dict[nn.Module, _Spot] = {}
+def heard(model: nn.Module, run: Callable[[], Any], intercept: Intercept) -> Heard:
+    """Run a model without gradients and listen."""
+    found = Heard({}, {}, {})
 
     def note(
-        plain: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        plain: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        spots.setdefault(module, _Spot(module, query, key, value))  # the first of several calls, as all here
+        found.spots.setdefault(module, (query, key, value))
         return plain(module, query, key, value, *args, **kwargs)
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module in inside:
-            entered.setdefault(module, args[0] if args else kwargs.get("hidden_states"))
+        found.entered.setdefault(module, args[0] if args else next(iter(kwargs.values()), None))
 
-    def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if module in inside:
-            made.setdefault(module, out)
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        found.made.setdefault(module, out)
 
-    handles = [
-        handle
-        for module in inside
-        for handle in (
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
-        )
-    ]
-    try:
-        with torch.no_grad(), intercept(note):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(_parts_of(block, spots, entered, made) for block in blocks)
+    with ExitStack() as exits, torch.no_grad(), intercept(note):
+        for module in model.modules():
+            exits.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            exits.callback(module.register_forward_hook(after).remove)
+        run()
+    return found
 
 
-def _parts_of(
-    block: nn.Module, spots: dict[nn.Module, _Spot], entered: dict[nn.Module, Any], made: dict[nn.Module, Any]
-) -> BlockParts:
-    spot = next(spots[module] for module in block.modules() if module in spots)
-    hidden, x = entered.get(block), entered.get(spot.module)
+def parts_of(block: nn.Module, found: Heard) -> BlockParts:
+    """The parts of a block that calls attention once.
+
+    Raises:
+        UnknownBlock: If its attention reads something else than its input or a norm of it.
+    """
+    attention = next(module for module in block.modules() if module in found.spots)
+    query, *spot = found.spots[attention]
+    hidden, x = found.entered.get(block), found.entered.get(attention)
     if not isinstance(hidden, Tensor) or not isinstance(x, Tensor) or hidden.dim() != 3:
         raise UnknownBlock("its blocks do not take rows of shape (examples, rows, width)")
     front: nn.Module | None = None
     if x is not hidden:
-        front = next((m for m in block.modules() if made.get(m) is x and entered.get(m) is hidden), None)
-        if front is None:
+        between = (m for m in block.modules() if found.made.get(m) is x and found.entered.get(m) is hidden)
+        if (front := next(between, None)) is None:
             raise UnknownBlock("its attention reads something else than a block's input or a norm of it")
-    if spot.query.shape[2] != x.shape[1] or spot.key.shape[2] != x.shape[1]:
+    if any(t.shape[2] != x.shape[1] for t in (query, *spot)):
         raise UnknownBlock("its attention does not have one query and one key for each row")
-    key, value = (_layer_of(t, x, spot, entered, made) for t in (spot.key, spot.value))
+    key, value = (_layer_of(t, query, x, attention, found) for t in spot)
     folds = key is not None and value is not None
     norms = tuple(m for m in block.modules() if isinstance(m, nn.LayerNorm) and m is not front)
     dropouts = tuple(m for m in block.modules() if isinstance(m, nn.Dropout))
-    return BlockParts(block, spot.module, front, key if folds else None, value if folds else None, norms, dropouts)
+    return BlockParts(block, attention, front, key if folds else None, value if folds else None, norms, dropouts)
 
 
-def _layer_of(
-    heads: Tensor, x: Tensor, spot: _Spot, entered: dict[nn.Module, Any], made: dict[nn.Module, Any]
-) -> nn.Linear | None:
+def _layer_of(heads: Tensor, query: Tensor, x: Tensor, attention: nn.Module, found: Heard) -> nn.Linear | None:
     """The linear layer whose output, split into as many heads as there are queries, these are; None if there is none."""
     m, count, t, d = heads.shape
-    if count != spot.query.shape[1]:
-        return None
-    for module in spot.module.modules():
-        out = made.get(module)
-        if type(module) is nn.Linear and isinstance(out, Tensor) and entered.get(module) is x:
-            view = out.shape == (m, t, count * d) and out.view(m, t, count, d).transpose(1, 2)
-            if isinstance(view, Tensor) and view.data_ptr() == heads.data_ptr() and view.stride() == heads.stride():
+    for module in attention.modules() if count == query.shape[1] else ():
+        out: Any = found.made.get(module)
+        if type(module) is nn.Linear and found.entered.get(module) is x and out.shape == (m, t, count * d):
+            view = out.view(m, t, count, d).transpose(1, 2)
+            if view.data_ptr() == heads.data_ptr() and view.stride() == heads.stride():
                 return module
     return None

@@ -48,17 +48,8 @@ def walk(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Predicted gradients of a stack's input and parameters: ``sum_i`` of the predictor's ``J_i^T delta_i``.
 
-    Args:
-        parts: The blocks, in order.
-        notes: What was noted of each.
-        delta: Gradients of the loss with respect to the stack's output, shape ``(m, T, D)``; each example's may carry a weight.
-        parameters: Parameters of the blocks whose gradients are wanted.
-        groups: ``K``, the number of mean rows.
-        needs_input: Whether the gradient of the input is wanted.
-        intercept: Gives a context in which attention goes to another function.
-
-    Returns:
-        The input's gradient, shape ``(m, T, D)``, or None if it is not wanted, and the parameters', None where there is none.
+    ``delta (m, T, D)`` is the gradient of the stack's output, perhaps with a weight for each example; ``groups`` is ``K``.
+    The input's gradient is None if it is not wanted, and a parameter's where there is none.
     """
     wanted = {id(parameter) for parameter in parameters}
     of_block = [[p for p in part.block.parameters() if id(p) in wanted] for part in parts]

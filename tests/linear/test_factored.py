@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_lgp.linear.bases import Basis
 from hf_lgp.linear.factored import find_layers, recorded
 
 LAYERS = {
@@ -14,6 +15,10 @@ LAYERS = {
     "patches": (lambda: nn.Conv2d(2, 3, 4, stride=4, bias=False), (5, 2, 8, 8)),
     "depthwise": (lambda: nn.Conv2d(3, 3, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=3), (5, 3, 8, 7)),
 }
+
+
+def dense(factors):
+    return factors[0].mT @ factors[1]
 
 
 def recorded_gradients(module, x, count):
@@ -38,7 +43,7 @@ def test_against_torch_func(name):
 
     own = {name: p.detach() for name, p in module.named_parameters()}
     expected = torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x[:4])
-    for i, matrix in enumerate(found[0].dense()):
+    for i, matrix in enumerate(dense(found[0])):
         for got, name in zip(layer.gradients(matrix), own, strict=True):
             torch.testing.assert_close(got, expected[name][i])
 
@@ -47,11 +52,12 @@ def test_against_torch_func(name):
 def test_products_are_those_of_dense_gradients(name):
     make, shape = LAYERS[name]
     (layer,), found = recorded_gradients(make().double(), torch.randn(shape, dtype=torch.float64), 5)
-    factors, dense = found[0], found[0].dense()
+    factors, formed = found[0], dense(found[0])
     left, right = torch.randn(layer.rows, 2, dtype=torch.float64), torch.randn(layer.cols, 2, dtype=torch.float64)
-    torch.testing.assert_close(factors.project(left, right), left.T @ dense @ right)
-    centred = dense - dense.mean(0)
-    products = factors.moment_products(left, right)
+    basis = Basis(left, right, left.new_zeros(2, 2), left.new_zeros(2, 2))
+    torch.testing.assert_close(basis.project(factors), (left.T @ formed @ right).flatten(1))
+    centred = formed - formed.mean(0)
+    products = basis.products(factors)
     torch.testing.assert_close(products[0], (centred @ centred.mT).mean(0) @ left)
     torch.testing.assert_close(products[1], (centred.mT @ centred).mean(0) @ right)
 
@@ -59,7 +65,7 @@ def test_products_are_those_of_dense_gradients(name):
 def test_rows_of_several_windows_belong_to_one_example():
     module, x = nn.Linear(3, 4).double(), torch.randn(10, 6, 3, dtype=torch.float64)
     layers, found = find_layers(module), []
-    with recorded(layers, 5, 5, torch.float64, lambda _, factors: found.append(factors.dense())):
+    with recorded(layers, 5, 5, torch.float64, lambda _, factors: found.append(dense(factors))):
         module(x).square().sum().backward()
     torch.testing.assert_close(found[0].sum(0)[:, :-1], module.weight.grad)
     assert len(found[0]) == 5

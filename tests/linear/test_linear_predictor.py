@@ -27,7 +27,7 @@ def test_resuming_is_bit_equal(tmp_path, kernel):
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(_asked(predictor), _asked(resumed), strict=True))
         for each in (predictor, resumed):
-            for step in range(20):
+            for step in range(9):
                 with spliced_trunk(trunk, StepPlan(fraction=0.5, seed=step), each):
                     gradient(model, batch(12, step))
     state = resumed.state_dict()
@@ -67,11 +67,11 @@ def test_infinite_gradients_leave_it_sane():
 
 def test_settings_and_foreign_states():
     trunk = find_trunk(tiny("vit"))
-    for wrong in ({"window": 1}, {"ridge": 0.0}, {"kernel": "cubic"}):
+    for wrong in ({"window": 1}, {"ridge": 0.0}, {"kernel": "cubic"}, {"rank": 0}):
         with pytest.raises(ValueError, match="cannot be used"):
             LinearPredictor(trunk, **wrong)
     state = LinearPredictor(trunk, rank=3).state_dict()
-    with pytest.raises(ValueError, match="another trunk or rank"):
+    with pytest.raises(ValueError, match="another trunk, rank"):
         LinearPredictor(trunk, rank=2).load_state_dict(state)
     with pytest.raises(ValueError, match="window"):
         LinearPredictor(trunk, rank=3, window=7).load_state_dict(state)
