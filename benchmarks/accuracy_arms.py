@@ -20,7 +20,20 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "groups-8": (LGPTrainer, {"lgp_groups": 8}),
     "linear": (LGPTrainer, {"lgp_predictor": "linear"}),
 }
-"""Trainer and settings by name."""
+"""Trainer and settings by name. An arm with a schedule compressed or stretched in time has the same settings as another, and an entry in :data:`EPOCHS`."""
 
 EPOCHS: dict[str, float] = {}
-"""Epochs of an arm relative to the others', where they differ."""
+"""Epochs of an arm relative to the others', where they differ; its learning rate falls to zero within them."""
+
+NAMES = {
+    "trainer": "`Trainer`",
+    "lgp": "`LGPTrainer`, automatic",
+    "first-row": "exact, last block on one row",
+    "quarter": "a quarter exact",
+    "eighth": "an eighth exact",
+    "budget-1.05": "automatic, variance budget 1.05",
+    "early": "automatic, predictions from the start",
+    "groups-8": "automatic, eight groups",
+    "linear": "automatic, the paper's predictor",
+}
+"""What tables call them."""

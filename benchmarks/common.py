@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import lzma
 import platform
 import time
 from collections.abc import Callable
@@ -30,38 +29,11 @@ VITS: dict[str, dict[str, int]] = {
     "cifar-101": dict(
         image_size=40, patch_size=4, hidden_size=160, num_hidden_layers=5, num_attention_heads=5, intermediate_size=640
     ),
-    "width-384x6": dict(
+    "width-384": dict(
         image_size=32, patch_size=4, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
     ),
     "digits-tiny": dict(
         image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    ),
-    "width-384": dict(
-        image_size=32,
-        patch_size=4,
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        intermediate_size=1536,
-    ),
-    "width-384-197": dict(
-        image_size=56,
-        patch_size=4,
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        intermediate_size=1536,
-    ),
-    "cifar-tiny": dict(
-        image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
-    ),
-    "vit-small-16": dict(
-        image_size=224,
-        patch_size=16,
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        intermediate_size=1536,
     ),
     "vit-base-16": dict(
         image_size=224,
@@ -72,6 +44,9 @@ VITS: dict[str, dict[str, int]] = {
         intermediate_size=3072,
     ),
 }
+
+BATCHES = {"cifar-101": 96}
+"""Batch sizes that steps are timed at, where it is not 64."""
 
 
 def build_vit(
@@ -90,70 +65,27 @@ def build_vit(
 
 
 def load_cifar(folder: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Decoded CIFAR-10: images uint8 ``(n, 3, 32, 32)`` and labels ``(n,)`` from ``<folder>/<split>.parquet``.
-
-    ``<split>.pt.xz``, as :func:`pack_cifar` writes it, serves machines on which no parquet reader is installed.
-    """
-    packed, parquet = folder / f"{split}.pt.xz", folder / f"{split}.parquet"
-    if packed.is_file():
-        with lzma.open(packed) as file:
-            content = torch.load(io.BytesIO(file.read()))
-        encoded = [part.numpy().tobytes() for part in content["bytes"].split(content["lengths"].tolist())]
-        labels = content["labels"].tolist()
-    elif parquet.is_file():
-        encoded, labels = _read_parquet(parquet)
-    else:
-        raise SystemExit(
-            f"{parquet} is missing: --data must name a folder with CIFAR-10 as train.parquet and test.parquet."
-        )
-    images = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded[:count]]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels[:count])
-
-
-def _read_parquet(path: Path) -> tuple[list[bytes], list[int]]:
+    """Decoded CIFAR-10: images uint8 ``(n, 3, 32, 32)`` and labels ``(n,)`` from ``<folder>/<split>.parquet``."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
+    path = folder / f"{split}.parquet"
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is missing: --data must name a folder with CIFAR-10 as train.parquet and test.parquet."
+        )
     rows = load_dataset("parquet", data_files={"rows": str(path)}, split="rows").cast_column(
         "img", ImageFeature(decode=False)
     )
-    return [image["bytes"] for image in rows["img"]], list(rows["label"])
+    rows = rows.select(range(len(rows) if count is None else min(count, len(rows))))
+    images = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in rows["img"]]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows["label"][:])
 
 
-def pack_cifar(source: Path, target: Path) -> None:
-    """Rewrite CIFAR-10's parquet files as compressed tensors of the same encoded images."""
-    target.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        encoded, labels = _read_parquet(source / f"{split}.parquet")
-        content = {
-            "bytes": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
-            "lengths": torch.tensor([len(image) for image in encoded]),
-            "labels": torch.tensor(labels),
-        }
-        with lzma.open(target / f"{split}.pt.xz", "wb", preset=1) as file:
-            torch.save(content, file)
-
-
-class Augmented(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Images with random crops (padding of an eighth of their side) and horizontal flips, normalised to [-1, 1]."""
-
-    def __init__(self, images: Tensor, labels: Tensor, augment: bool = True) -> None:
-        self.images, self.labels, self.augment = images, labels, augment
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = self.images[index]
-        if self.augment:
-            side = image.shape[-1]
-            padding = side // 8
-            image = torch.nn.functional.pad(image, (padding,) * 4)
-            top, left = (int(v) for v in torch.randint(0, 2 * padding + 1, (2,)))
-            image = image[:, top : top + side, left : left + side]
-            if torch.rand(()) < 0.5:
-                image = image.flip(-1)
-        return {"pixel_values": image.float() / 127.5 - 1.0, "labels": self.labels[index]}
+def random_images(vit: str, count: int, labels: int = 10) -> tuple[Tensor, Tensor]:
+    """Noise of the size that a ViT of :data:`VITS` takes, shape ``(count, 3, side, side)``, and labels at random."""
+    draw, side = torch.Generator().manual_seed(0), VITS[vit]["image_size"]
+    return torch.randn(count, 3, side, side, generator=draw), torch.randint(0, labels, (count,), generator=draw)
 
 
 class Positions(torch.utils.data.Dataset[int]):
@@ -170,7 +102,7 @@ class Positions(torch.utils.data.Dataset[int]):
 
 
 class BatchAugmented:
-    """A collator that does to a whole batch what :class:`Augmented` does to one image, in a few milliseconds."""
+    """A collator: random crops (padding of an eighth of their side) and horizontal flips, normalised to [-1, 1], for a whole batch at once."""
 
     def __init__(self, images: Tensor, labels: Tensor, augment: bool = True) -> None:
         self.images, self.labels, self.augment = images, labels, augment
@@ -215,8 +147,30 @@ def timed(device: torch.device, work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def thinned(entries: list[Any], most: int = 32) -> list[Any]:
+    """At most so many of a list's entries, evenly spaced, the last among them."""
+    count = min(len(entries), most)
+    return [entries[len(entries) * (i + 1) // count - 1] for i in range(count)]
+
+
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result file, creating its folder."""
+    """Write a result file, creating its folder: six digits of every number, and what holds nothing nested on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(_json(result) + "\n", encoding="utf-8")
     print(f"wrote {path}", flush=True)
+
+
+def _json(value: Any, indent: str = "") -> str:
+    if isinstance(value, float):
+        return json.dumps(float(f"{value:.6g}"))
+    if not isinstance(value, (dict, list, tuple)):
+        return json.dumps(value)
+    inner = indent + " "
+    if isinstance(value, dict):
+        parts, items = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in value.items()], list(value.values())
+    else:
+        parts, items = [_json(item, inner) for item in value], list(value)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    if any(isinstance(item, (dict, list, tuple)) for item in items):
+        return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"
+    return opening + ", ".join(parts) + closing

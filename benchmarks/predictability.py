@@ -1,229 +1,227 @@
-"""How well gradients are predicted over a real training run: a ViT on CIFAR-10 with ``LGPTrainer``.
+"""How well gradients of single examples are predicted, tensor by tensor, after some steps of training: a ViT on CIFAR-10.
 
-Records, as training goes on, the prequential squared correlation of exact and predicted per-example gradients (every control
-example is predicted before the predictor sees it), per tensor and per block; the share of gradient energy inside the
-bases; the control-variate coefficients; and where the time goes. ``rho2`` always refers to the whole gradient: what lies
-outside of the bases counts as unexplained.
+Exact gradients of held-out examples come from one backward each. Predicted ones come from the walk, one example at a time: the embeddings' from what it
+says of the blocks' input; the last block, if it runs on one row, and what is behind it are exact. Of every tensor,
+
+    explained at alpha = 1:  1 - tr Var(g - g~) / tr Var(g)          squared correlation:  Cov(g, g~)^2 / (tr Var(g) tr Var(g~))
+
+``mean`` is that over tensors, ``weighted`` weights them by ``tr Var(g)``. The classifier is left out, since it is exact, and key biases, since
+they have no gradient but rounding.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, VITS, Augmented, build_vit, environment, load_cifar, write_json
-from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
+from accuracy_tasks import resized
+from common import RESULTS, VITS, BatchAugmented, build_vit, environment, load_cifar, write_json
+from torch import Tensor, nn
 
-from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.control.plan import StepPlan
+from hf_lgp.methods import RowWalk, row_walk
+from hf_lgp.rows.block import noting
+from hf_lgp.rows.notes import BlockNotes
+from hf_lgp.rows.parts import BlockParts, forward_replaced
+from hf_lgp.rows.walk import walk
 
-PHASES = {"steps 200-250": (200, 250), "steps 1050-1200": (1050, 1200)}
-PARTS = ("capture", "path", "path_coordinates", "correction", "observe", "move_bases", "refit")
+Gradients = dict[str, Tensor]
 
 
-def block_of(name: str) -> str:
-    """Block that a tensor belongs to: ``embeddings``, ``block 0`` ... or ``final norm``."""
+class Moments:
+    """Sums over examples of a tensor's exact and predicted gradients, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []
+        self.products = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, exact: Tensor, predicted: Tensor) -> None:
+        """Add one example."""
+        g, h = exact.double().flatten(), predicted.double().flatten()
+        self.count += 1
+        self.sums = [s + t for s, t in zip(self.sums, (g, h), strict=True)] if self.sums else [g, h]
+        self.products += torch.stack([g @ g, h @ h, g @ h])
+
+    def figures(self) -> tuple[float, float, float]:
+        """``tr Var(g)``, what is explained at ``alpha = 1``, and the squared correlation."""
+        g, h = self.sums
+        gg, hh, gh = (self.products - torch.stack([g @ g, h @ h, g @ h]) / self.count).tolist()
+        if gg <= 0.0:
+            return 0.0, 0.0, 0.0
+        return gg / (self.count - 1), 1.0 - (gg + hh - 2.0 * gh) / gg, gh * gh / (gg * hh) if hh > 0.0 else 0.0
+
+
+def trained(
+    model: nn.Module, batches: Callable[[], dict[str, Tensor]], marks: list[int], learning_rate: float, decay: float
+) -> Iterator[int]:
+    """Train plainly with AdamW, and pause after each of the given numbers of steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=decay)
+    for step in range(1, max(marks) + 1):
+        model.train()
+        optimizer.zero_grad()
+        model(**batches()).loss.backward()
+        optimizer.step()
+        if step in marks:
+            model.eval()
+            yield step
+
+
+def exact_gradients(model: nn.Module, example: dict[str, Tensor]) -> Gradients:
+    """Those of one example, by one backward."""
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(model(**example).loss, list(named.values())), strict=True))
+
+
+def predicted_gradients(
+    model: nn.Module, method: RowWalk, example: dict[str, Tensor], groups: list[int]
+) -> dict[int, Gradients]:
+    """The predictions for one example, by number of groups; what a predicted step has exactly is exact."""
+    (stack,) = method.stacks
+    parts = stack.predicted_parts(first_row=True)
+    notes: list[BlockNotes] = []
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+
+    def noted(part: BlockParts, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            with torch.no_grad(), noting(part) as tell:
+                out = forward(hidden, *args, **kwargs)
+            entered.append(hidden)
+            notes.append(BlockNotes(hidden.detach(), args, kwargs, frozenset(), tell()))
+            left.append(out.requires_grad_(part is parts[-1]))
+            return out
+
+        return run
+
+    replaced = [(part.block, noted(part, part.block.forward)) for part in parts]
+    named = dict(model.named_parameters())
+    inside = [p for part in parts for p in part.block.parameters()]
+    with forward_replaced(*replaced), method.splice(StepPlan(first_row=True), lambda _: None):
+        loss = model(**example).loss
+    delta, *behind = torch.autograd.grad(loss, [left[-1], *named.values()], allow_unused=True)
+    predictions = {}
+    for k in groups:
+        of_h0, of_parameters = walk(parts, notes, delta, inside, k, True, intercepted_attention)
+        before = torch.autograd.grad(
+            entered[0], list(named.values()), of_h0, allow_unused=True, retain_graph=k != groups[-1]
+        )
+        found = {n: b if b is not None else a for n, a, b in zip(named, before, behind, strict=True)}
+        own = dict(zip(map(id, inside), of_parameters, strict=True))
+        found |= {name: own[id(p)] for name, p in named.items() if own.get(id(p)) is not None}
+        predictions[k] = {n: torch.zeros_like(p) if found[n] is None else found[n] for n, p in named.items()}
+    return predictions
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to: ``embeddings``, ``block 0`` and so on, or ``final norm``."""
     layer = re.search(r"layers?\.(\d+)\.", name)
     if layer:
         return f"block {layer.group(1)}"
     return "embeddings" if "embeddings" in name else "final norm"
 
 
-class Recorder(TrainerCallback):
-    """Notes the predictor's measures every few steps and profiles the last cycle of basis moves."""
+def measure(model: nn.Module, examples: dict[str, Tensor], groups: list[int]) -> dict[str, Any]:
+    """How well the gradients of held-out examples are predicted, by number of groups."""
 
-    def __init__(self, every: int, profile_from: int) -> None:
-        self.trainer: LGPTrainer | None = None
-        self.every, self.profile_from = every, profile_from
-        self.records: list[dict[str, Any]] = []
-        self.profiler: profile | None = None
+    def few(part: slice) -> dict[str, Tensor]:
+        return {name: value[part] for name, value in examples.items()}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        engine = self.trainer._lgp_engine
-        if engine is not None and engine.predictor.ready and state.global_step % self.every == 0:
-            self.records.append({"step": state.global_step, **measures(engine)})
-        if state.global_step == self.profile_from:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-            self.profiler = profile(activities=activities)
-            self.profiler.start()
-        elif self.profiler is not None and state.global_step == args.max_steps:
-            self.profiler.stop()
-
-    def time_shares(self) -> dict[str, float]:
-        """Share of every part in the profiled time, on whichever of host and device was busier with it."""
-        if self.profiler is None:
-            return {}
-        events = {event.key: event for event in self.profiler.key_averages()}
-        device = sum(event.self_device_time_total for event in events.values())
-        host = sum(event.self_cpu_time_total for event in events.values())
-        shares = {}
-        for part in PARTS:
-            event = events.get(f"hf_lgp.{part}")
-            if event is not None:
-                on_device = event.device_time_total / device if device else 0.0
-                shares[part] = {"host": event.cpu_time_total / host, "device": on_device}
-        return shares
+    method = row_walk(model, lambda count: model(**few(slice(count))).loss, 4, 4, intercepted_attention, False)
+    (stack,) = method.stacks
+    rounding = {id(part.key.bias) for part in stack.parts if part.key is not None and part.key.bias is not None}
+    kept = [n for n, p in model.named_parameters() if "classifier" not in n and id(p) not in rounding]
+    moments = {k: {name: Moments() for name in kept} for k in groups}
+    count = len(examples["labels"])
+    errors = {k: [0.0] * count for k in groups}
+    for i in range(count):
+        example = few(slice(i, i + 1))
+        exact = exact_gradients(model, example)
+        for k, predicted in predicted_gradients(model, method, example, groups).items():
+            for name in kept:
+                moments[k][name].add(exact[name], predicted[name])
+                errors[k][i] += float((exact[name] - predicted[name]).square().sum())
+    result: dict[str, Any] = {"examples": count, "last_block_on_one_row": stack.first_row_only}
+    for k in groups:
+        figures = {name: moment.figures() for name, moment in moments[k].items()}
+        figures = {name: row for name, row in figures.items() if row[0] > 1e-12}
+        result[f"K = {k}"] = {
+            "explained": summary({name: (row[0], row[1]) for name, row in figures.items()}),
+            "squared_correlation": summary({name: (row[0], row[2]) for name, row in figures.items()}),
+            # Of few examples, one can make up most of what is not explained.
+            "share_of_worst_example": max(errors[k]) / max(sum(errors[k]), 1e-300),
+        }
+    return result
 
 
-def measures(engine: Any) -> dict[str, Any]:
-    """Readings of one moment, per tensor and summarised."""
-    alignment = engine.predictor.alignment
-    rho2, captured, variance = alignment.rho2, alignment.captured, alignment.variance
-    path, ridge = alignment.coefficients
-    blocks: dict[str, list[float]] = {}
-    for rule, value in zip(engine.rules, rho2.tolist(), strict=True):
-        blocks.setdefault(block_of(rule.name), []).append(value)
+def summary(figures: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """Of variances and shares by tensor: mean, weighted mean and worst share, and the weighted mean of each part of the model."""
+    parts: dict[str, list[tuple[float, float]]] = {}
+    for name, row in figures.items():
+        parts.setdefault(part_of(name), []).append(row)
 
-    def by_tensor(values: Any) -> dict[str, float]:
-        return {rule.name: round(value, 4) for rule, value in zip(engine.rules, values.tolist(), strict=True)}
+    def weighted(rows: list[tuple[float, float]]) -> float:
+        return sum(variance * share for variance, share in rows) / sum(variance for variance, _ in rows)
 
+    worst = min(figures, key=lambda name: figures[name][1])
     return {
-        "rho2_layer_mean": rho2.mean().item(),
-        "rho2_raw": ((rho2 * variance).sum() / variance.sum()).item(),
-        "rho2_path_alone": alignment.path_rho2.mean().item(),
-        "rho2_by_block": {block: sum(values) / len(values) for block, values in blocks.items()},
-        "rho2_by_tensor": by_tensor(rho2),
-        "rho2_path_by_tensor": by_tensor(alignment.path_rho2),
-        "captured_mean": captured.mean().item(),
-        "captured_by_tensor": by_tensor(captured),
-        "alpha_mean": ridge.mean().item(),
-        "alpha_path_mean": path.mean().item(),
-        "alpha_path_by_tensor": by_tensor(path),
-        "alpha_by_tensor": by_tensor(ridge),
-        "beta_by_tensor": by_tensor(alignment.beta),
-        "window": engine.predictor.size,
+        "mean": sum(share for _, share in figures.values()) / len(figures),
+        "weighted": weighted(list(figures.values())),
+        "worst": figures[worst][1],
+        "worst_tensor": worst,
+        "by_part": {part: weighted(rows) for part, rows in parts.items()},
     }
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train once and summarise."""
-    model = build_vit(options.vit, seed=options.seed)
-    data = Augmented(*load_cifar(options.data, "train"))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = LGPTrainingArguments(
-            folder,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="constant",
-            max_steps=options.steps,
-            seed=options.seed,
-            use_cpu=options.cpu,
-            bf16=options.bf16,
-            dataloader_num_workers=options.workers,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=50,
-            disable_tqdm=True,
-            lgp_control_fraction=options.fraction,
-            lgp_window=options.window,
-            lgp_rank=options.rank,
-            lgp_kernel=options.kernel,
-            lgp_ridge=options.ridge,
-            lgp_refit_steps=options.refit,
-            lgp_basis_steps=options.basis,
-            lgp_observe_steps=options.observe,
-            lgp_class_path=not options.ridge_alone,
-        )
-        recorder = Recorder(options.every, options.steps - 16)
-        trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=[recorder])
-        recorder.trainer = trainer
-        trainer.train()
-    summary = {}
-    for phase, (first, last) in PHASES.items():
-        inside = [record for record in recorder.records if first <= record["step"] <= last]
-        if inside:
-            keys = (
-                "rho2_layer_mean",
-                "rho2_raw",
-                "rho2_path_alone",
-                "captured_mean",
-                "alpha_mean",
-                "alpha_path_mean",
-            )
-            summary[phase] = {key: sum(record[key] for record in inside) / len(inside) for key in keys}
-            for block in inside[0]["rho2_by_block"]:
-                summary[phase][f"rho2 {block}"] = sum(r["rho2_by_block"][block] for r in inside) / len(inside)
-    return {
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(options).items()
-            if name not in ("data", "output")
-        },
-        "environment": environment(arguments.device),
-        "summary": summary,
-        "time_shares": recorder.time_shares(),
-        "losses": [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e],
-        "records": recorder.records,
-    }
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Squared correlation over training: layer mean, raw, and by block."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = result["records"]
-    steps = [record["step"] for record in records]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for key, label in (
-        ("rho2_layer_mean", "mean over tensors"),
-        ("rho2_raw", "by gradient energy"),
-        ("rho2_path_alone", "class path alone"),
-        ("captured_mean", "captured energy"),
-    ):
-        left.plot(steps, [record[key] for record in records], label=label)
-    for position, block in enumerate(records[0]["rho2_by_block"]):
-        colour = plt.cm.viridis(position / len(records[0]["rho2_by_block"]))
-        right.plot(steps, [record["rho2_by_block"][block] for record in records], label=block, color=colour)
-    for axis, title in ((left, "all tensors"), (right, "mean over the tensors of a block")):
-        axis.set(xlabel="optimizer step", title=title, ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    left.set_ylabel("prequential $\\rho^2$")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"wrote {path}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=f"{__doc__.splitlines()[0]} Prints mean / weighted / worst tensor.")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet and test.parquet"
     )
     parser.add_argument("--vit", choices=list(VITS), default="cifar-0.8m")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, nargs="+", default=[60, 300], help="steps of training to measure after")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8], help="K, mean rows that the walk follows")
+    parser.add_argument("--examples", type=int, default=24, help="held-out examples")
+    parser.add_argument("--images", type=int, default=12_800, help="training images")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--fraction", type=float, default=0.25)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--kernel", choices=["linear", "rbf"], default="rbf")
-    parser.add_argument("--ridge", type=float, default=LGPTrainingArguments.lgp_ridge)
-    parser.add_argument("--refit", type=int, default=0, help="0 for the default")
-    parser.add_argument("--basis", type=int, default=0, help="0 for the default")
-    parser.add_argument("--observe", type=int, default=0, help="0 for the default")
-    parser.add_argument("--ridge-alone", action="store_true", help="without the class-token path")
-    parser.add_argument("--every", type=int, default=10, help="steps between two records")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--name", default="predictability", help="name of the result files")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="two steps, to see whether it runs")
+    parser.add_argument("--name", default="predictability", help="name of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result = run(options)
-    write_json(options.output / f"{options.name}.json", result)
-    draw(result, options.output / f"{options.name}.png")
-    for phase, values in result["summary"].items():
-        print(phase, {key: round(value, 3) for key, value in values.items()}, flush=True)
-    print("time shares", result["time_shares"], flush=True)
+    if options.smoke:
+        options.steps, options.images, options.examples, options.batch = [2], 64, 6, 16
+        options.name += "_smoke"
+    side = VITS[options.vit]["image_size"]
+    of_split = {}
+    for split, count in (("train", options.images), ("test", options.examples)):
+        images, labels = load_cifar(options.data, split, count)
+        of_split[split] = BatchAugmented(resized(images, side), labels, augment=False)
+    held_out = of_split["test"](list(range(options.examples)))
+    model = build_vit(options.vit, seed=options.seed)
+    draw = torch.Generator().manual_seed(options.seed)
+
+    def batches() -> dict[str, Tensor]:
+        return of_split["train"](torch.randint(0, options.images, (options.batch,), generator=draw).tolist())
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("data", "output", "name")}
+    result: dict[str, Any] = {"settings": settings, "environment": environment(torch.device("cpu")), "steps": {}}
+    for step in trained(model, batches, options.steps, options.learning_rate, options.weight_decay):
+        result["steps"][step] = measured = measure(model, held_out, options.groups)
+        for k in options.groups:
+            for kind in ("explained", "squared_correlation"):
+                figures = measured[f"K = {k}"][kind]
+                three = f"{figures['mean']:.3f} / {figures['weighted']:.3f} / {figures['worst']:.3f}"
+                print(f"step {step}, K = {k}, {kind}: {three} ({figures['worst_tensor']})", flush=True)
+        write_json(options.output / f"{options.name}.json", result)
 
 
 if __name__ == "__main__":

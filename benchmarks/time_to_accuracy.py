@@ -1,7 +1,7 @@
 """Time to accuracy: plain ``Trainer`` against ``LGPTrainer`` and its ablations on one task, interleaved on one machine.
 
 All arms train the same ViT from the same weights, with the same seeds, batches, augmentation and hyper-parameters. The clock
-counts training alone, data loader and preparation of the predictor included, and stands still while the model is evaluated. Every
+counts training alone, data loader and the check of the model included, and stands still while the model is evaluated. Every
 run has a process of its own; the order of the arms is reversed at every second seed. Every finished run is saved at once, and a
 second call continues where the first stopped. What the figures mean stands in ``accuracy_summary.py``.
 
@@ -27,7 +27,7 @@ import torch
 from accuracy_arms import ARMS, EPOCHS
 from accuracy_summary import draw, summarise
 from accuracy_tasks import Task, finetune, scratch, scratch_folder, training_arguments
-from common import RESULTS, VITS, BatchAugmented, Positions, environment, write_json
+from common import RESULTS, VITS, BatchAugmented, Positions, environment, thinned, write_json
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from turns import Turns, referee
@@ -136,7 +136,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
             with suppress(OSError):  # Linux can forget what loading the data took; elsewhere the peak may be underrated
                 Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory(args.device) if args.device.type == "cpu" else 0.0
-        metrics = trainer.train().metrics
+        trainer.train()
         peak = peak_memory(args.device) - before
     history = trainer.state.log_history
     log = [{k: v for k, v in e.items() if k in ("step", "loss") or k.startswith("lgp/")} for e in history[:-1]]
@@ -149,15 +149,12 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
         "first_step_seconds": watch.first_step,
         "final": evaluate(trainer.model, task.test, args.device, options.bf16),
         "peak_memory_mib": peak,
-        "load": [
-            load,
-            os.getloadavg()[0],
-        ],  # above the number of threads: the machine was shared, and times tell little
+        # Above the number of threads: the machine was shared, and times tell little.
+        "load": [load, os.getloadavg()[0]],
         "micro_batches": getattr(trainer, "_lgp_steps", None),
         "curve": watch.curve,
-        "log": log,
+        "log": thinned(log),
         "last_entry": history[-1],
-        "metrics": metrics,
         "environment": environment(args.device),
     }
 
@@ -170,7 +167,7 @@ def run_all(options: argparse.Namespace) -> None:
     cells: list[dict[str, Any]] = []
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if {"turns": 0.0, **stored["settings"]} != settings:
+        if stored["settings"] != settings:
             raise SystemExit(f"{path} holds runs with other settings: choose another --name.")
         cells = stored["cells"]
 
@@ -252,8 +249,8 @@ def argument_parser(description: str, tasks: list[str]) -> argparse.ArgumentPars
     parser.add_argument("--eval-images", type=int, default=2000, help="test images of the curve; all at the end")
     parser.add_argument("--target-epochs", type=float, nargs="+", default=[1, 2, 3], help="the last is the primary one")
     parser.add_argument("--pretrain-epochs", type=int, default=10, help="of task finetune, on the classes known before")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager")
+    parser.add_argument("--bf16", action="store_true", help="autocast; float32 otherwise")
+    parser.add_argument("--attention", choices=["eager", "sdpa"], default="sdpa")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
         "--turns", type=float, default=0.0, help="run the arms of a seed side by side, in turns of so many seconds"

@@ -1,11 +1,11 @@
-"""The step of one version of the package against another's, side by side: mean over whole cycles, measuring steps included.
+"""The step of one version of the package against another's, side by side: the mean over whole cycles, measuring steps included.
 
 Every version trains by ``LGPTrainer`` at a fixed control fraction in a process of its own, one after the other, in alternating order; the
 figure is the mean time of ``training_step`` over the last ``--steps`` micro-batches. Plain ``Trainer``, an eighth, and exact steps whose last block is run
-on one row come from the new version.
+on one row come from the new version. Finished repeats are kept, and a second call goes on from there.
 
     git worktree add /tmp/old COMMIT
-    python benchmarks/versions.py --old /tmp/old --new . --vit cifar-101 --batch 96
+    python benchmarks/versions.py --old /tmp/old --new . --vit cifar-101 --fraction 0.25 --repeats 5
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, VITS, build_vit, environment, write_json
+from common import BATCHES, RESULTS, VITS, build_vit, environment, random_images, write_json
 
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "trainer": ("new", {"lgp_control_fraction": 1.0}),
-    "old": ("old", {"lgp_control_fraction": 0.25}),
-    "new": ("new", {"lgp_control_fraction": 0.25}),
-    "new, 1/8": ("new", {"lgp_control_fraction": 0.125}),
-    "new, exact, last block on one row": ("new", {"lgp_exact_steps": 10**6}),
-}
-"""Which version, and its settings."""
+TRAINER, OLD, NEW = "trainer", "old", "new"
+
+
+def arms_of(fraction: float) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Which version, and its settings, by name."""
+    return {
+        TRAINER: ("new", {}),
+        OLD: ("old", {"lgp_control_fraction": fraction}),
+        NEW: ("new", {"lgp_control_fraction": fraction}),
+        "new, 1/8": ("new", {"lgp_control_fraction": 0.125}),
+        "new, exact, last block on one row": ("new", {"lgp_exact_steps": 10**6}),
+    }
 
 
 class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Random images and labels."""
 
-    def __init__(self, side: int, count: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randn(count, 3, side, side, generator=generator)
-        self.labels = torch.randint(0, 10, (count,), generator=generator)
+    def __init__(self, vit: str, count: int) -> None:
+        self.pixels, self.labels = random_images(vit, count)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -50,12 +52,15 @@ class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def seconds_per_step(options: argparse.Namespace, settings: dict[str, Any]) -> float:
-    """Mean seconds of ``training_step`` in this process."""
+    """Mean seconds of ``training_step`` in this process; plain ``Trainer`` without settings."""
+    from transformers import Trainer, TrainingArguments
+
     from hf_lgp import LGPTrainer, LGPTrainingArguments
 
+    kind, arguments = (LGPTrainer, LGPTrainingArguments) if settings else (Trainer, TrainingArguments)
     spent: list[float] = []
 
-    class Timed(LGPTrainer):
+    class Timed(kind):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             began = time.perf_counter()
             loss = super().training_step(*args, **kwargs)
@@ -63,7 +68,7 @@ def seconds_per_step(options: argparse.Namespace, settings: dict[str, Any]) -> f
             return loss
 
     with tempfile.TemporaryDirectory() as folder:
-        args = LGPTrainingArguments(
+        args = arguments(
             folder,
             use_cpu=True,
             per_device_train_batch_size=options.batch,
@@ -76,10 +81,33 @@ def seconds_per_step(options: argparse.Namespace, settings: dict[str, Any]) -> f
             disable_tqdm=True,
             **settings,
         )
-        data = Images(VITS[options.vit]["image_size"], 4 * options.batch)
-        trainer = Timed(build_vit(options.vit, attn_implementation="sdpa"), args, train_dataset=data)
-        trainer.train()
+        model = build_vit(options.vit, attn_implementation="sdpa")
+        Timed(model, args, train_dataset=Images(options.vit, 4 * options.batch)).train()
     return statistics.mean(spent[-options.steps :])
+
+
+def in_own_process(folder: Path, arm: str) -> float:
+    """Seconds per step of an arm by the version in a folder.
+
+    Raises:
+        SystemExit: If it fails, or if the package comes from elsewhere.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+    environ = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    if not Path(answer["package"]).is_relative_to(folder):
+        raise SystemExit(f"{arm} ran {answer['package']}, not what is in {folder}.")
+    return float(answer["seconds"])
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Ratios to plain ``Trainer``, and of the new version to the old one: of each repeat, and their median."""
+    ratios = {arm: [run[arm] / run[TRAINER] for run in runs] for arm in runs[0] if arm != TRAINER}
+    ratios["new / old"] = [run[NEW] / run[OLD] for run in runs]
+    return {name: {"median": statistics.median(values), "ratios": values} for name, values in ratios.items()}
 
 
 def main() -> None:
@@ -88,38 +116,45 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the other version")
     parser.add_argument("--new", type=Path, default=Path(__file__).parents[1], help="this version's checkout")
     parser.add_argument("--vit", choices=list(VITS), default="cifar-101")
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--warmup", type=int, default=14, help="steps that are not counted")
+    parser.add_argument("--batch", type=int, default=0, help="0: 96 for cifar-101, 64 for others")
+    parser.add_argument("--fraction", type=float, default=0.25)
+    parser.add_argument("--warmup", type=int, default=16, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=64, help="steps that are: whole cycles of both versions")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.batch = options.batch or BATCHES.get(options.vit, 64)
+    arms = arms_of(options.fraction)
     if options.arm:
-        print(json.dumps(seconds_per_step(options, ARMS[options.arm][1])))
+        import hf_lgp
+
+        seconds = seconds_per_step(options, arms[options.arm][1])
+        print(json.dumps({"seconds": seconds, "package": str(Path(hf_lgp.__file__).resolve())}))
         return
-    path = options.output / f"versions_{options.vit}.json"
-    result: dict[str, Any] = {"settings": {"batch": options.batch, "steps": options.steps}, "seconds": []}
+    path = options.output / f"{options.name or f'versions_{options.vit}'}.json"
+    settings = {name: getattr(options, name) for name in ("vit", "batch", "fraction", "warmup", "steps")}
+    runs: list[dict[str, float]] = []
     if path.is_file():
-        result = json.loads(path.read_text(encoding="utf-8"))
-    while len(result["seconds"]) < options.repeats:
-        arms = list(ARMS) if len(result["seconds"]) % 2 == 0 else list(ARMS)[::-1]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["settings"] != settings:
+            raise SystemExit(f"{path} holds runs with other settings: choose another --name.")
+        runs = stored["seconds"]
+    while len(runs) < options.repeats:
         seconds = {}
-        for arm in arms:
-            where = str((options.old if ARMS[arm][0] == "old" else options.new).resolve())
-            environ = {**os.environ, "PYTHONPATH": where}
-            command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-            seconds[arm] = float(done.stdout.strip().splitlines()[-1])
+        for arm in list(arms)[:: 1 if len(runs) % 2 == 0 else -1]:
+            folder = options.old if arms[arm][0] == "old" else options.new
+            seconds[arm] = in_own_process(folder.resolve(), arm)
             print(f"{arm}: {seconds[arm]:.3f} s", flush=True)
-        result["seconds"].append(seconds)
-        result["environment"] = environment(torch.device("cpu"))
-        write_json(path, result)
-    for arm in ARMS:
-        ratios = [seconds[arm] / seconds["trainer"] for seconds in result["seconds"]]
-        print(f"{arm}: {statistics.median(ratios):.3f} of Trainer's step ({min(ratios):.3f} to {max(ratios):.3f})")
-    ratios = [seconds["new"] / seconds["old"] for seconds in result["seconds"]]
-    print(f"new / old: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        runs.append({arm: seconds[arm] for arm in arms})
+        print(f"new / old: {seconds[NEW] / seconds[OLD]:.3f}", flush=True)
+        result = {"settings": settings, "summary": summary(runs), "seconds": runs}
+        write_json(path, {**result, "environment": environment(torch.device("cpu"))})
+    for name, figures in summary(runs).items():
+        of = "" if name == "new / old" else " of Trainer's step"
+        single = figures["ratios"]
+        print(f"{name}: {figures['median']:.3f}{of} ({min(single):.3f} to {max(single):.3f})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""The benchmarks run, at smoke size: what they measure is for real runs to say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import predictability  # noqa: E402
+import step_cost  # noqa: E402
+import tables  # noqa: E402
+import versions  # noqa: E402
+from accuracy_summary import summarise  # noqa: E402
+from accuracy_tasks import Task  # noqa: E402
+from common import build_vit, random_images, thinned, write_json  # noqa: E402
+from time_to_accuracy import argument_parser, run_cell  # noqa: E402
+
+from hf_lgp.attention_interface import intercepted_attention  # noqa: E402
+from hf_lgp.control.plan import StepPlan  # noqa: E402
+from hf_lgp.methods import row_walk  # noqa: E402
+
+VIT = "digits-tiny"
+
+
+def digits_like(count: int) -> Task:
+    pixels, labels = random_images(VIT, count)
+    images = (pixels * 40 + 128).clamp(0, 255).to(torch.uint8)
+    return Task((images, labels), (images, labels), lambda seed: build_vit(VIT, seed=seed), augment=False)
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    arguments = f"--vit {VIT} --batch 16 --epochs 4 --images 64 --eval-points 4 --cpu --seeds 0"
+    options = argument_parser("", ["scratch"]).parse_args(arguments.split())
+    cells = [run_cell(options, digits_like(64), arm, 0) for arm in ("trainer", "lgp", "quarter")]
+    settings = {name: getattr(options, name) for name in ("task", "vit", "images", "epochs", "bf16")}
+    return {"settings": settings, "summary": summarise(cells, [1, 2], options.epochs, options.batch), "cells": cells}
+
+
+def test_arms_train_and_count_their_steps(result: dict[str, Any]) -> None:
+    plain, automatic, quarter = result["cells"]
+    assert plain["micro_batches"] is None
+    assert automatic["micro_batches"] == {"exact": 16, "predicted": 0}  # too short a run to find out
+    assert quarter["micro_batches"] == {"exact": 0, "predicted": 16}
+    for cell in result["cells"]:
+        assert cell["steps"] == 16 and [point["step"] for point in cell["curve"]] == [0, 4, 8, 12, 16]
+        assert len(cell["log"]) <= 32
+        assert cell["curve"][0]["accuracy"] == plain["curve"][0]["accuracy"]
+    assert quarter["log"][-1]["lgp/fraction"] == 0.25
+
+
+def test_tables_are_drawn_from_whatever_is_there(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    makes = [make for makes in tables.TABLES.values() for make in makes]
+    assert [make() for make in makes] == [None] * len(makes)
+    runs = [{"trainer": 2.0, "old": 1.0, "new": 0.5}] * 2
+    settings = {"vit": VIT, "batch": 16, "fraction": 0.25}
+    write_json(tmp_path / "time_to_accuracy_scratch.json", result)
+    write_json(tmp_path / "no_gain_tiny.json", result)
+    write_json(tmp_path / "versions_tiny.json", {"settings": settings, "summary": versions.summary(runs)})
+    write_json(tmp_path / "step_cost_tiny_cpu.json", step_cost.measure(VIT, 16, [0.25], 1))
+    model, examples = vit_and_examples()
+    measured = {"settings": {"vit": VIT, "groups": [1]}, "steps": {"0": predictability.measure(model, examples, [1])}}
+    write_json(tmp_path / "predictability.json", measured)
+    drawn = [make() for make in makes]
+    assert None not in drawn
+    assert "a quarter exact | 1 | 100% |" in "".join(drawn)  # type: ignore[arg-type]
+    assert "0.50 of the version before" in "".join(drawn)  # type: ignore[arg-type]
+
+    for name in tables.TABLES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"before\n{tables.START}\nold\n{tables.END}\nafter\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--write"])
+    tables.main()
+    written = (tmp_path / "README.md").read_text()
+    assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written.split("| ---")[0]
+    assert drawn[0] in written
+
+
+def test_a_step_is_split_into_its_parts() -> None:
+    result = step_cost.measure(VIT, 32, [0.5, 0.25], 2)
+    steps = result["steps"]
+    assert result["one_row"] and result["rows"] == 17
+    assert {"exact", "exact, last block on one row", "f = 0.5", "f = 0.25", "exact, measuring"} <= set(steps)
+    assert steps["exact"]["cost"] == 1.0
+    figures = steps["f = 0.25"]
+    assert figures["kappa"] == pytest.approx((figures["cost"] - 0.25) / 0.75)
+    assert all(figures[part] > 0 for part in ("others", "control"))
+
+
+def vit_and_examples() -> tuple[Any, dict[str, torch.Tensor]]:
+    pixels, labels = random_images(VIT, 6)
+    return build_vit(VIT).eval(), {"pixel_values": pixels, "labels": labels}
+
+
+def test_predictions_of_single_examples_are_compared_tensor_by_tensor() -> None:
+    model, examples = vit_and_examples()
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    measured = predictability.measure(model, examples, [1, 16])
+    assert measured["last_block_on_one_row"]
+    for k in (1, 16):
+        for kind in ("explained", "squared_correlation"):
+            figures = measured[f"K = {k}"][kind]
+            assert figures["by_part"]["block 1"] == pytest.approx(1.0, abs=1e-4)  # exact
+            assert figures["by_part"]["final norm"] == pytest.approx(1.0, abs=1e-4)
+            assert figures["worst"] <= figures["mean"] <= 1.0
+    few, many = (measured[f"K = {k}"]["explained"] for k in (1, 16))
+    assert 0.3 < few["weighted"] < many["weighted"]
+
+
+def test_predictions_of_single_examples_are_what_a_step_takes() -> None:
+    model, examples = vit_and_examples()
+    two = {name: value[:2] for name, value in examples.items()}
+    method = row_walk(
+        model, lambda n: model(**{k: v[:n] for k, v in two.items()}).loss, 2, 4, intercepted_attention, False
+    )
+    with method.splice(StepPlan(0.5, first_row=True), lambda _: None):
+        model(**two).loss.backward()
+    each = [{name: value[i : i + 1] for name, value in two.items()} for i in range(2)]
+    exact = [predictability.exact_gradients(model, one) for one in each]
+    predicted = [predictability.predicted_gradients(model, method, one, [4])[4] for one in each]
+    differences = []
+    for a, b in ((0, 1), (1, 0)):  # which of them was the control example is drawn
+        of_step = {n: (2 * g - predicted[a][n] + predicted[b][n]) / 2 for n, g in exact[a].items()}
+        differences.append(max(float((p.grad - of_step[n]).abs().max()) for n, p in model.named_parameters()))
+    assert min(differences) < 1e-5 < max(differences)
+
+
+def test_moments_are_variances_and_covariances() -> None:
+    g, h = torch.randn(2, 50, 3, dtype=torch.float64)
+    h = g + 0.5 * h
+    moments = predictability.Moments()
+    for one, other in zip(g, h, strict=True):
+        moments.add(one, other)
+    variance, explained, correlation = moments.figures()
+    of_g, of_h = g - g.mean(0), h - h.mean(0)
+    assert variance == pytest.approx(float(g.var(0).sum()))
+    assert explained == pytest.approx(1.0 - float((g - h).var(0).sum()) / variance)
+    assert correlation == pytest.approx(float((of_g * of_h).sum() ** 2 / (of_g.square().sum() * of_h.square().sum())))
+
+
+def test_whole_steps_are_timed() -> None:
+    options = argparse.Namespace(vit=VIT, batch=8, warmup=1, steps=2)
+    for settings in ({}, {"lgp_control_fraction": 0.25}):
+        assert versions.seconds_per_step(options, settings) > 0
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in BENCHMARKS.glob("*.py") if "def main(" in path.read_text())
+)
+def test_help_of(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as left:
+        __import__(script[:-3]).main()
+    assert left.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_result_files_are_summaries(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"runs": [{"x": 1 / 3, 2: [0.1, None]}], "none": {}, "flag": True})
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "runs": [{"x": 0.333333, "2": [0.1, None]}],
+        "none": {},
+        "flag": True,
+    }
+    assert thinned(list(range(100)), 4) == [24, 49, 74, 99] and thinned([1, 2]) == [1, 2] and thinned([]) == []
+    listing = subprocess.run(
+        ["git", "ls-files", "results"], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+    )
+    sizes = [(BENCHMARKS / name).stat().st_size for name in listing.stdout.split() if (BENCHMARKS / name).is_file()]
+    assert sum(sizes) < 1_000_000
