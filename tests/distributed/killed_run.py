@@ -62,8 +62,6 @@ def final_state(trainer: LGPTrainer) -> dict[str, Any]:
     _, numbers = session.state_dict()
     for name in ("times", "saved"):
         numbers["controller"].pop(name)
-    for entry in numbers["pending"]:
-        entry.pop("seconds")
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "trained": {
@@ -81,8 +79,9 @@ def main(folder: str, killed_after: str, checkpoint: str = "") -> None:
     trainer = trainer_for(folder, int(killed_after))
     trainer.train(resume_from_checkpoint=checkpoint or None)
     assert trainer._lgp_steps["predicted"] > 40, trainer._lgp_steps
+    state = final_state(trainer)  # of all processes together
     if trainer.is_world_process_zero():
-        torch.save(final_state(trainer), Path(folder) / "final.pt")
+        torch.save(state, Path(folder) / "final.pt")
     print("finished", flush=True)
     if dist.is_initialized():
         dist.barrier()

@@ -57,8 +57,8 @@ def ends(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         assert not run(str(killed), step, str(killed / checkpoint) if checkpoint else "")
         assert not (killed / "final.pt").exists()
     assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-15", "checkpoint-20"}
-    pending = json.loads((killed / "checkpoint-20" / "lgp_state.json").read_text())["pending"]
-    assert any(entry["spreads"] for entry in pending)
+    controller = json.loads((killed / "checkpoint-20" / "lgp_state.json").read_text())["controller"]
+    assert controller["measurements"] == 1
     assert run(str(killed), "-1", str(killed / "checkpoint-20"))
     expected, found = (torch.load(folder / "final.pt") for folder in (straight, killed))
     return expected, found
