@@ -104,8 +104,8 @@ def in_own_process(folder: Path, arm: str) -> float:
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Ratios to plain ``Trainer``, and of the new version to the old one: of each repeat, and their median."""
-    ratios = {arm: [run[arm] / run[TRAINER] for run in runs] for arm in runs[0] if arm != TRAINER}
+    """Ratios to plain ``Trainer``, if it ran, and of the new version to the old one: of each repeat, and their median."""
+    ratios = {arm: [run[arm] / run[TRAINER] for run in runs] for arm in runs[0] if TRAINER in runs[0] and arm != TRAINER}
     ratios["new / old"] = [run[NEW] / run[OLD] for run in runs]
     return {name: {"median": statistics.median(values), "ratios": values} for name, values in ratios.items()}
 
@@ -121,12 +121,15 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=16, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=64, help="steps that are: whole cycles of both versions")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pair", action="store_true", help="the two versions alone")
     parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch = options.batch or BATCHES.get(options.vit, 64)
     arms = arms_of(options.fraction)
+    if options.pair:
+        arms = {arm: arms[arm] for arm in (OLD, NEW)}
     if options.arm:
         import hf_lgp
 
