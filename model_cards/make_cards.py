@@ -30,8 +30,8 @@ from hf_lgp.report.model_card import TASKS, evaluation_results
 HERE = Path(__file__).parent
 
 _VIT_145 = (
-    "--image_size 48 --patch_size 4 --max_train_samples 4000 --num_train_epochs 3 --per_device_train_batch_size 64 "
-    "--learning_rate 1e-3 --warmup_steps 20 --logging_steps 15"
+    "--image_size 48 --patch_size 4 --max_train_samples 2000 --max_eval_samples 1000 --num_train_epochs 3 --per_device_train_batch_size 64 "
+    "--learning_rate 1e-3 --warmup_steps 10 --logging_steps 10"
 )
 _CIFAR = "--train_file cifar10/train.parquet --validation_file cifar10/test.parquet"
 _COMMON = "--per_device_eval_batch_size 250 --save_strategy no --report_to none --disable_tqdm true --use_cpu"
