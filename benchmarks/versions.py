@@ -105,7 +105,9 @@ def in_own_process(folder: Path, arm: str) -> float:
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Ratios to plain ``Trainer``, if it ran, and of the new version to the old one: of each repeat, and their median."""
-    ratios = {arm: [run[arm] / run[TRAINER] for run in runs] for arm in runs[0] if TRAINER in runs[0] and arm != TRAINER}
+    ratios = {
+        arm: [run[arm] / run[TRAINER] for run in runs] for arm in runs[0] if TRAINER in runs[0] and arm != TRAINER
+    }
     ratios["new / old"] = [run[NEW] / run[OLD] for run in runs]
     return {name: {"median": statistics.median(values), "ratios": values} for name, values in ratios.items()}
 

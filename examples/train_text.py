@@ -215,11 +215,7 @@ def load_texts(arguments: DataArguments, cache_dir: str | None = None) -> tuple[
         train, held_out = parts["train"], parts["test"]
     else:
         held_out = prepared(held_out, "held-out")
-    return (
-        _at_most(train, arguments.max_train_samples),
-        _at_most(held_out, arguments.max_eval_samples),
-        names,
-    )
+    return (_at_most(train, arguments.max_train_samples), _at_most(held_out, arguments.max_eval_samples), names)
 
 
 def _at_most(rows: Dataset, count: int | None) -> Dataset:

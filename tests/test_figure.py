@@ -42,12 +42,7 @@ def test_a_figure_is_drawn_without_touching_pyplot(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "history",
-    [
-        [],
-        [{"step": 5, "loss": 1.0}],
-        [{"step": 5, "eval_loss": 1.0}],
-        [{"step": 5, "loss": 1.0, "lgp/fraction": 1.0}],
-    ],
+    [[], [{"step": 5, "loss": 1.0}], [{"step": 5, "eval_loss": 1.0}], [{"step": 5, "loss": 1.0, "lgp/fraction": 1.0}]],
 )
 def test_nothing_is_drawn_of_a_run_without_readings(history: list[dict[str, Any]], tmp_path: Path) -> None:
     assert not draw_history(history, tmp_path / "lgp.png")

@@ -152,8 +152,4 @@ class TinyTexts(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.tokens[index],
-            "attention_mask": self.mask[index],
-            "labels": self.labels[index],
-        }
+        return {"input_ids": self.tokens[index], "attention_mask": self.mask[index], "labels": self.labels[index]}

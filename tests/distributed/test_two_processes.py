@@ -51,8 +51,7 @@ def test_each_rank_draws_control_examples_of_its_own(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "launcher"),
-    [("fixed", TORCHRUN), ("unused_parameters_looked_for", ACCELERATE), ("compiled", TORCHRUN)],
+    ("kind", "launcher"), [("fixed", TORCHRUN), ("unused_parameters_looked_for", ACCELERATE), ("compiled", TORCHRUN)]
 )
 def test_ranks_stay_equal_in_other_launches(kind: str, launcher: list[str], tmp_path: Path) -> None:
     output = on_two_processes("two_processes.py", str(tmp_path), kind, launcher=launcher)

@@ -47,9 +47,7 @@ def run(
     }
     args = LGPTrainingArguments(**arguments) if kind is LGPTrainer else TrainingArguments(**arguments)
     trainer = kind(
-        model or tiny_vit(torch.float32, dropout=0.1),
-        args,
-        train_dataset=data or TinyImages(50, dtype=torch.float32),
+        model or tiny_vit(torch.float32, dropout=0.1), args, train_dataset=data or TinyImages(50, dtype=torch.float32)
     )
     trainer.train()
     return trainer, torch.rand(3)

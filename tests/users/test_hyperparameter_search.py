@@ -29,9 +29,7 @@ def trainer_for(folder: Path) -> LGPTrainer:
 
 def search(trainer: LGPTrainer, values: list[float], objective: Any = None) -> None:
     trainer.hyperparameter_search(
-        hp_space=lambda trial: {
-            "lgp_control_fraction": trial.suggest_categorical("lgp_control_fraction", values),
-        },
+        hp_space=lambda trial: {"lgp_control_fraction": trial.suggest_categorical("lgp_control_fraction", values)},
         compute_objective=objective or (lambda metrics: metrics["eval_loss"]),
         n_trials=len(values),
         backend="optuna",

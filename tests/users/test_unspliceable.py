@@ -120,10 +120,7 @@ class Skipping(nn.Module):
         return hidden if left_out else self.block(hidden, *args, **kwargs)
 
 
-DROPPING = {
-    "in the loop": Leaving,
-    "within blocks": lambda blocks: nn.ModuleList(map(Skipping, blocks)),
-}
+DROPPING = {"in the loop": Leaving, "within blocks": lambda blocks: nn.ModuleList(map(Skipping, blocks))}
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.0])
