@@ -30,7 +30,7 @@ class RowWalk:
     stacks: tuple[Stack, ...]
     how: HowToWalk
 
-    ready = True
+    ready, learns = True, False
 
     @property
     def has_first_row(self) -> bool:
@@ -74,7 +74,7 @@ class LinearMethod:
     trunk: nn.Module
     predictor: LinearPredictor
 
-    has_first_row = False
+    has_first_row, learns = False, True
 
     @property
     def ready(self) -> bool:

@@ -65,7 +65,7 @@ class Session:
 
     def unchecked(self, trained: int) -> bool:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""
-        return self.method is None and (self.refused is None or trained != self._trained)
+        return self.refused is None or trained != self._trained
 
     def use(self, method: Method | None, refused: str | None, trained: int = 0) -> str | None:
         """Predict with a method from here on, or not at all, for a reason; all processes end up with the same."""
@@ -85,6 +85,8 @@ class Session:
             return StepPlan()
         self._decide(step)
         plan = self.controller.plan(self.rules, step, examples, accumulation)
+        if plan.plain and not self.method.learns:
+            return plan
         return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
 
     def splices(self, plan: StepPlan) -> bool:

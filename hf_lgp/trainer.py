@@ -110,8 +110,9 @@ class LGPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         batch = self._prepare_inputs(inputs)
         examples, size = examples_of(batch), float(entries_of(batch))
-        if session.unchecked(trained := sum(p.requires_grad for p in self._lgp_model.parameters())) and examples >= 2:
-            self._lgp_begin(session, batch, num_items_in_batch, trained)
+        if session.method is None and examples >= 2:
+            if session.unchecked(trained := sum(p.requires_grad for p in self._lgp_model.parameters())):
+                self._lgp_begin(session, batch, num_items_in_batch, trained)
         plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps)
         compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class Noted:
     """A method that writes down the plans it is given, and measures a share of a tenth."""
 
-    has_first_row, ready = True, True
+    has_first_row, ready, learns = True, True, False
 
     def __init__(self) -> None:
         self.plans: list[StepPlan] = []

@@ -62,6 +62,7 @@ class Controller:
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
+    first_row: bool = False  # whether exact steps are faster with the last block on the first row only
 
     @property
     def residual_share(self) -> float:
@@ -83,8 +84,7 @@ class Controller:
     @property
     def exact_plan(self) -> StepPlan:
         """The cheaper of the two kinds of exact steps."""
-        plain, first = self.seconds(StepPlan()), self.seconds(StepPlan(first_row=True))
-        return StepPlan(first_row=first is not None and plain is not None and first < plain)
+        return StepPlan(first_row=self.first_row)
 
     def cost(self, fraction: float) -> float:
         """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
@@ -106,11 +106,6 @@ class Controller:
         trial = self.seconds(replace(_REHEARSAL, first_row=self.first_row))
         fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial / exact - 1.3) / 3.4))
         return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * 0.40)
-
-    @property
-    def first_row(self) -> bool:
-        """Whether the last block is run on the first row only: where that is possible and faster."""
-        return self.exact_plan.first_row
 
     def price(self, fraction: float) -> float:
         """Price of a fraction relative to the cheaper exact step."""
@@ -142,7 +137,7 @@ class Controller:
         if rules.first_row and self.seen < 2 * PERIOD:  # in turns, to compare their times
             return StepPlan(first_row=self.seen % 2 == 1)
         exact = self.exact_plan
-        if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < PERIOD:
+        if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < max(PERIOD, self.look_at):
             return exact
         rehearsal = replace(_REHEARSAL, first_row=self.first_row)
         last_before_decision = self.seen % PERIOD == PERIOD - 1
@@ -150,8 +145,8 @@ class Controller:
             return rehearsal if last_before_decision else exact
         if self.look_at:
             if self._hopeless:
-                return rehearsal if self.seen >= self.look_at and last_before_decision else exact
-            due = self.look_at <= self.seen < self.look_at + _LOOKS
+                return rehearsal if last_before_decision else exact
+            due = self.seen < self.look_at + _LOOKS
         else:
             due = self.measurements < _MEASUREMENTS and not self._hopeless and left <= _MEASUREMENTS + PERIOD
         return replace(exact, measure=groups) if due else exact
@@ -170,7 +165,9 @@ class Controller:
         if not math.isfinite(unit) or (plan.fraction < 1.0 and at - self.changed_at < _SETTLING) or at == 0:
             return self
         key = key_of(plan)
-        return replace(self, times={**self.times, key: (*self.times.get(key, ()), unit)[-_KEPT:]})
+        later = replace(self, times={**self.times, key: (*self.times.get(key, ()), unit)[-_KEPT:]})
+        plain, first = later.seconds(StepPlan()), later.seconds(StepPlan(first_row=True))
+        return replace(later, first_row=first is not None and plain is not None and first < plain)
 
     def measured(self, residual: Sequence[float], total: Sequence[float], groups: int, at: int) -> Controller:
         """With one more measurement, by tensor, of so many groups, made at micro-batch ``at``; that of too few groups tells nothing."""
