@@ -59,12 +59,12 @@ def test_the_command_is_the_scripts_own(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CARDS if not name.endswith("exact")])
 def test_the_section_tells_the_run_in_the_log(name: str) -> None:
     text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    last = [entry for entry in results(name)["log_history"] if "lgp_exact_share" in entry][-1]
-    assert f"micro-batches with exact gradients throughout: {last['lgp_exact_share']:.1%}" in text
-    assert f"below the head whose gradients can be predicted: {last['lgp_coverage']:.1%}" in text
-    if last["lgp_rho2"]:
-        assert f"{number(last['lgp_rho2'])} at the end" in text
-    assert "](lgp.png)" in text and (FOLDER / name / "lgp.png").is_file()
+    readings = [entry for entry in results(name)["log_history"] if "lgp/fraction" in entry]
+    assert f"{readings[-1]['lgp/fraction']:.4g} in" in text
+    explained = [entry["lgp/variance_explained"] for entry in readings if "lgp/variance_explained" in entry]
+    if explained:
+        assert f"{number(explained[-1])} at the end" in text
+    assert ("](lgp.png)" in text) == (FOLDER / name / "lgp.png").is_file()
 
 
 @pytest.mark.parametrize("name", CARDS)
