@@ -124,7 +124,7 @@ def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples:
     if controller.seen < 2 * PERIOD or not method.ready:
         return StepPlan(first_row=method.has_first_row and controller.seen % 2 == 1)
     if not _is_timed(controller):
-        return replace(_trial(controller), seed=plan.seed)
+        return replace(_trial(controller), seed=controller.seen)
     return StepPlan(measure=GROUPS, first_row=controller.first_row)
 
 

@@ -124,7 +124,7 @@ class LGPTrainer(Trainer):
                 raise RuntimeError(f"Of this model, {error}. Use `lgp_control_fraction=1` to train exactly.") from error
             session.refused = f"{error}"
             logger.warning(f"LGPTrainer trains exactly from step {self.state.global_step} on: of this model, {error}.")
-            return self.training_step(model, inputs, num_items_in_batch)
+            return LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
         # A forward pass is a third of a step by operation count.
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
         return loss

@@ -18,25 +18,6 @@ from .notes import BlockNotes
 from .parts import BlockParts, Intercept
 
 
-class Gradients:
-    """Sums of gradients by parameter."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self._sums: dict[int, Tensor] = {}
-
-    def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """Add gradients of some parameters; None adds nothing."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                before = self._sums.get(id(parameter))
-                self._sums[id(parameter)] = gradient if before is None else before + gradient
-
-    def in_order(self) -> list[Tensor | None]:
-        """The sums, in the order of the parameters; None where nothing was added."""
-        return [self._sums.get(id(parameter)) for parameter in self.parameters]
-
-
 def walk(
     parts: Sequence[BlockParts],
     notes: Sequence[BlockNotes],
@@ -57,16 +38,18 @@ def walk(
     member = group_rows(notes[min(1, len(notes) - 1)].hidden, groups)
     arriving = member.mT.to(delta.dtype) @ delta
     asked = delta.norm(dim=-1, keepdim=True)
-    sums = Gradients(parameters)
+    sums: dict[int, Tensor] = {}  # by parameter: blocks may share some
     for i in reversed(range(first, len(parts))):
         weights = row_weights(member, asked)
         of_rows, of_hidden, own = _walk_block(parts[i], notes[i], weights, arriving, of_block[i], intercept)
-        sums.add(of_block[i], own)
+        for parameter, gradient in zip(of_block[i], own, strict=True):
+            if gradient is not None:
+                sums[id(parameter)] = sums[id(parameter)] + gradient if id(parameter) in sums else gradient
         if i == 0:
-            return torch.baddbmm(of_hidden, weights.to(of_rows.dtype), of_rows), sums.in_order()
+            return torch.baddbmm(of_hidden, weights.to(of_rows.dtype), of_rows), [sums.get(id(p)) for p in parameters]
         asked = asked + of_hidden.norm(dim=-1, keepdim=True)
         arriving = torch.baddbmm(of_rows, member.mT.to(of_hidden.dtype), of_hidden)
-    return None, sums.in_order()
+    return None, [sums.get(id(p)) for p in parameters]
 
 
 def _walk_block(
