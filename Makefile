@@ -1,11 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
-OUTPUT ?= outputs/digits
+OUTPUT ?= outputs/demo
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-DEMO := --image_size 16 --patch_size 4 --hidden_size 64 --num_hidden_layers 4 --random_crop_padding 1 \
-	--num_train_epochs 70 --per_device_train_batch_size 64 --per_device_eval_batch_size 128 \
-	--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 100 --logging_steps 100
 
 .DEFAULT_GOAL := help
 
@@ -23,8 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 venv: $(STAMP) ## make the virtual environment with the tested versions
 
 .PHONY: demo
-demo: $(STAMP) ## train a small ViT on handwritten digits with LGPTrainer and evaluate it
-	$(PY) examples/train_vit.py --output_dir $(OUTPUT) $(DEMO)
+demo: $(STAMP) ## train a ViT on handwritten digits by Trainer, then by LGPTrainer, and compare them
+	$(PY) examples/demo.py --output_dir $(OUTPUT) $(ARGS)
+
+.PHONY: demo-quick
+demo-quick: $(STAMP) ## the same by LGPTrainer alone
+	$(PY) examples/demo.py --output_dir $(OUTPUT) --only LGPTrainer $(ARGS)
 
 .PHONY: train
 train: $(STAMP) ## train on your own data: make train OUTPUT=outputs/mine ARGS="--train_dir images/train"
@@ -37,6 +38,10 @@ test: $(STAMP) ## run the test suite
 .PHONY: test-slow
 test-slow: $(STAMP) ## run the longer checks
 	$(PY) -m pytest -m slow
+
+.PHONY: test-device
+test-device: $(STAMP) ## run training steps on a simulated GPU, which shows every wait for the device; needs g++
+	$(PY) -m pytest -m device tests/device
 
 .PHONY: commands
 commands: $(STAMP) ## run the commands of README, docs and examples as written, those that need no network
@@ -73,4 +78,8 @@ gpu-check: ## run GPU tests and benchmarks on the accelerator at hand: make gpu-
 
 .PHONY: probe
 probe: $(STAMP) ## find out whether predictions pay for the demo's model
-	$(VENV)/bin/hf-lgp probe examples/train_vit.py --output_dir $(OUTPUT) $(DEMO)
+	$(VENV)/bin/hf-lgp probe examples/demo.py --output_dir $(OUTPUT)
+
+.PHONY: docs
+docs: $(STAMP) ## build the documentation's site in site/
+	$(PY) -m mkdocs build --strict

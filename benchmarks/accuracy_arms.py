@@ -1,9 +1,10 @@
-"""The arms of ``time_to_accuracy.py``: plain ``Trainer``, ``LGPTrainer``, and what is left of it without its parts."""
+"""The arms of ``time_to_accuracy.py``: plain ``Trainer``, ``LGPTrainer``, what is left of it without its parts, and what else shortens a run."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from infobatch import InfoBatchTrainer
 from transformers import Trainer
 
 from hf_lgp import LGPTrainer
@@ -17,13 +18,20 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "eighth": (LGPTrainer, {"lgp_control_fraction": 0.125}),
     "budget-1.05": (LGPTrainer, {"lgp_variance_budget": 1.05}),
     "early": (LGPTrainer, {"lgp_exact_steps": 0}),
-    "groups-8": (LGPTrainer, {"lgp_groups": 8}),
+    "means-only": (LGPTrainer, {"lgp_single_rows": 0}),
     "linear": (LGPTrainer, {"lgp_predictor": "linear"}),
+    # what a sceptic would do with the time that LGPTrainer takes
+    "compressed": (Trainer, {}),
+    "small-batch": (Trainer, {}),
+    "infobatch": (InfoBatchTrainer, {}),
 }
 """Trainer and settings by name. An arm with a schedule compressed or stretched in time has the same settings as another, and an entry in :data:`EPOCHS`."""
 
-EPOCHS: dict[str, float] = {}
+EPOCHS: dict[str, float] = {"compressed": 0.52, "small-batch": 0.52, "infobatch": 0.52}
 """Epochs of an arm relative to the others', where they differ; its learning rate falls to zero within them."""
+
+BATCH: dict[str, float] = {"small-batch": 0.25}
+"""Batch size of an arm relative to the others', where it differs."""
 
 NAMES = {
     "trainer": "`Trainer`",
@@ -33,7 +41,10 @@ NAMES = {
     "eighth": "an eighth exact",
     "budget-1.05": "automatic, variance budget 1.05",
     "early": "automatic, predictions from the start",
-    "groups-8": "automatic, eight groups",
+    "means-only": "automatic, no rows by themselves",
     "linear": "automatic, the paper's predictor",
+    "compressed": "`Trainer`, schedule compressed to LGPTrainer's time",
+    "small-batch": "`Trainer`, a quarter of the batch, in LGPTrainer's time",
+    "infobatch": "`Trainer` with InfoBatch, in LGPTrainer's time",
 }
 """What tables call them."""

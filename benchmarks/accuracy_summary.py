@@ -112,7 +112,7 @@ def summarise(cells: list[Cell], target_epochs: list[float], epochs: float, batc
                 {seed: first_reached(of[seed], accuracy[seed], "seconds") for seed in seeds} for of in (mine, plain)
             )
             seen, base_seen = (
-                {seed: batch * first_reached(of[seed], accuracy[seed], "step") for seed in seeds}
+                {seed: of[seed].get("batch", batch) * first_reached(of[seed], accuracy[seed], "step") for seed in seeds}
                 for of in (mine, plain)
             )
             to_targets[name] = {

@@ -28,7 +28,7 @@ from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows.block import noting
 from hf_lgp.rows.notes import BlockNotes
 from hf_lgp.rows.parts import BlockParts, forward_replaced
-from hf_lgp.rows.walk import walk
+from hf_lgp.rows.walk import RowBudget, walk
 
 Gradients = dict[str, Tensor]
 
@@ -79,9 +79,9 @@ def exact_gradients(model: nn.Module, example: dict[str, Tensor]) -> Gradients:
 
 
 def predicted_gradients(
-    model: nn.Module, method: RowWalk, example: dict[str, Tensor], groups: list[int]
-) -> dict[int, Gradients]:
-    """The predictions for one example, by number of groups; what a predicted step has exactly is exact."""
+    model: nn.Module, method: RowWalk, example: dict[str, Tensor], budgets: list[RowBudget]
+) -> dict[RowBudget, Gradients]:
+    """The predictions for one example, by number of rows followed; what a predicted step has exactly is exact."""
     (stack,) = method.stacks
     parts = stack.predicted_parts(first_row=True)
     notes: list[BlockNotes] = []
@@ -106,15 +106,15 @@ def predicted_gradients(
         loss = model(**example).loss
     delta, *behind = torch.autograd.grad(loss, [left[-1], *named.values()], allow_unused=True)
     predictions = {}
-    for k in groups:
-        of_h0, of_parameters = walk(parts, notes, delta, inside, k, True, intercepted_attention)
+    for budget in budgets:
+        of_h0, of_parameters = walk(parts, notes, delta, inside, budget, True, intercepted_attention)
         before = torch.autograd.grad(
-            entered[0], list(named.values()), of_h0, allow_unused=True, retain_graph=k != groups[-1]
+            entered[0], list(named.values()), of_h0, allow_unused=True, retain_graph=budget != budgets[-1]
         )
         found = {n: b if b is not None else a for n, a, b in zip(named, before, behind, strict=True)}
         own = dict(zip(map(id, inside), of_parameters, strict=True))
         found |= {name: own[id(p)] for name, p in named.items() if own.get(id(p)) is not None}
-        predictions[k] = {n: torch.zeros_like(p) if found[n] is None else found[n] for n, p in named.items()}
+        predictions[budget] = {n: torch.zeros_like(p) if found[n] is None else found[n] for n, p in named.items()}
     return predictions
 
 
@@ -126,31 +126,36 @@ def part_of(name: str) -> str:
     return "embeddings" if "embeddings" in name else "final norm"
 
 
-def measure(model: nn.Module, examples: dict[str, Tensor], groups: list[int]) -> dict[str, Any]:
-    """How well the gradients of held-out examples are predicted, by number of groups."""
+def label(budget: RowBudget) -> str:
+    """A budget as results name it."""
+    return f"K = {budget.groups}, R = {budget.singly}"
+
+
+def measure(model: nn.Module, examples: dict[str, Tensor], budgets: list[RowBudget]) -> dict[str, Any]:
+    """How well the gradients of held-out examples are predicted, by number of rows followed."""
 
     def few(part: slice) -> dict[str, Tensor]:
         return {name: value[part] for name, value in examples.items()}
 
-    method = row_walk(model, lambda count: model(**few(slice(count))).loss, 4, 4, intercepted_attention, False)
+    method = row_walk(model, lambda count: model(**few(slice(count))).loss, 4, budgets[0], intercepted_attention, False)
     (stack,) = method.stacks
     rounding = {id(part.key.bias) for part in stack.parts if part.key is not None and part.key.bias is not None}
     kept = [n for n, p in model.named_parameters() if "classifier" not in n and id(p) not in rounding]
-    moments = {k: {name: Moments() for name in kept} for k in groups}
+    moments = {k: {name: Moments() for name in kept} for k in budgets}
     count = len(examples["labels"])
-    errors = {k: [0.0] * count for k in groups}
+    errors = {k: [0.0] * count for k in budgets}
     for i in range(count):
         example = few(slice(i, i + 1))
         exact = exact_gradients(model, example)
-        for k, predicted in predicted_gradients(model, method, example, groups).items():
+        for k, predicted in predicted_gradients(model, method, example, budgets).items():
             for name in kept:
                 moments[k][name].add(exact[name], predicted[name])
                 errors[k][i] += float((exact[name] - predicted[name]).square().sum())
     result: dict[str, Any] = {"examples": count, "last_block_on_one_row": stack.first_row_only}
-    for k in groups:
+    for k in budgets:
         figures = {name: moment.figures() for name, moment in moments[k].items()}
         figures = {name: row for name, row in figures.items() if row[0] > 1e-12}
-        result[f"K = {k}"] = {
+        result[label(k)] = {
             "explained": summary({name: (row[0], row[1]) for name, row in figures.items()}),
             "squared_correlation": summary({name: (row[0], row[2]) for name, row in figures.items()}),
             # Of few examples, one can make up most of what is not explained.
@@ -186,7 +191,9 @@ def main() -> None:
     )
     parser.add_argument("--vit", choices=list(VITS), default="cifar-0.8m")
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 300], help="steps of training to measure after")
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8], help="K, mean rows that the walk follows")
+    parser.add_argument(
+        "--rows", nargs="+", default=["4+0", "8+0", "2+2", "4+2", "4+4"], help="K+R: means, and rows by themselves"
+    )
     parser.add_argument("--examples", type=int, default=24, help="held-out examples")
     parser.add_argument("--images", type=int, default=12_800, help="training images")
     parser.add_argument("--batch", type=int, default=64)
@@ -205,6 +212,7 @@ def main() -> None:
     for split, count in (("train", options.images), ("test", options.examples)):
         images, labels = load_cifar(options.data, split, count)
         of_split[split] = BatchAugmented(resized(images, side), labels, augment=False)
+    budgets = [RowBudget(*map(int, given.split("+"))) for given in options.rows]
     held_out = of_split["test"](list(range(options.examples)))
     model = build_vit(options.vit, seed=options.seed)
     draw = torch.Generator().manual_seed(options.seed)
@@ -215,12 +223,12 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "output", "name")}
     result: dict[str, Any] = {"settings": settings, "environment": environment(torch.device("cpu")), "steps": {}}
     for step in trained(model, batches, options.steps, options.learning_rate, options.weight_decay):
-        result["steps"][step] = measured = measure(model, held_out, options.groups)
-        for k in options.groups:
+        result["steps"][step] = measured = measure(model, held_out, budgets)
+        for budget in budgets:
             for kind in ("explained", "squared_correlation"):
-                figures = measured[f"K = {k}"][kind]
+                figures = measured[label(budget)][kind]
                 three = f"{figures['mean']:.3f} / {figures['weighted']:.3f} / {figures['worst']:.3f}"
-                print(f"step {step}, K = {k}, {kind}: {three} ({figures['worst_tensor']})", flush=True)
+                print(f"step {step}, {label(budget)}, {kind}: {three} ({figures['worst_tensor']})", flush=True)
         write_json(options.output / f"{options.name}.json", result)
 
 

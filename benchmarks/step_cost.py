@@ -25,8 +25,10 @@ from hf_lgp.control.plan import GROUPS, StepPlan
 from hf_lgp.estimator import control_size
 from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows.parts import forward_replaced
+from hf_lgp.rows.walk import RowBudget
 
 EXACT, ONE_ROW = "exact", "exact, last block on one row"
+_BUDGET = RowBudget(groups=2, singly=2)
 
 
 class Steps:
@@ -35,19 +37,19 @@ class Steps:
     Args:
         vit: The model, by its name in ``common.py``.
         batch: Examples.
-        groups: Mean rows that the walk follows.
+        budget: Rows that the walk follows.
         device: Where it is trained.
         bf16: Whether in autocast.
         attention: Implementation of attention; None for transformers' choice.
     """
 
     def __init__(
-        self, vit: str, batch: int, groups: int, device: torch.device, bf16: bool, attention: str | None
+        self, vit: str, batch: int, budget: RowBudget, device: torch.device, bf16: bool, attention: str | None
     ) -> None:
         self.model = build_vit(vit, attn_implementation=attention).to(device)
         self.pixels, self.labels = (part.to(device) for part in random_images(vit, batch))
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-        self.method: RowWalk = row_walk(self.model, self.loss, min(4, batch), groups, intercepted_attention, bf16)
+        self.method: RowWalk = row_walk(self.model, self.loss, min(4, batch), budget, intercepted_attention, bf16)
         (self.stack,) = self.method.stacks
 
     def loss(self, count: int) -> torch.Tensor:
@@ -92,14 +94,14 @@ def measure(
     batch: int,
     fractions: list[float],
     rounds: int,
-    groups: int = 4,
+    budget: RowBudget = _BUDGET,
     device: torch.device | None = None,
     bf16: bool = False,
     attention: str | None = None,
 ) -> dict[str, Any]:
     """Time all kinds of steps in turns, after two rounds for warming up."""
     device = device or torch.device("cpu")
-    steps = Steps(vit, batch, groups, device, bf16, attention)
+    steps = Steps(vit, batch, budget, device, bf16, attention)
     works = kinds_of(steps, fractions)
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-2, rounds):
@@ -130,7 +132,8 @@ def measure(
         "parameters": sum(p.numel() for p in steps.model.parameters()),
         "rows": (VITS[vit]["image_size"] // VITS[vit]["patch_size"]) ** 2 + 1,
         "batch": batch,
-        "groups": groups,
+        "groups": budget.groups,
+        "single_rows": budget.singly,
         "bf16": bf16,
         "attention": steps.model.config._attn_implementation,
         "one_row": steps.stack.first_row_only,
@@ -147,7 +150,8 @@ def main() -> None:
     parser.add_argument("--vit", choices=list(VITS), default="cifar-101")
     parser.add_argument("--batch", type=int, default=0, help="0: 96 for cifar-101, 64 for others")
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625])
-    parser.add_argument("--groups", type=int, default=4, help="mean rows that the walk follows")
+    parser.add_argument("--groups", type=int, default=2, help="means of rows that the walk follows")
+    parser.add_argument("--single-rows", type=int, default=2, help="rows that it follows one by one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--bf16", action="store_true", help="autocast; float32 otherwise")
     parser.add_argument("--attention", choices=["sdpa", "eager"], help="transformers' choice by default")
@@ -162,7 +166,7 @@ def main() -> None:
         options.batch or BATCHES.get(options.vit, 64),
         options.fraction,
         2 if options.smoke else options.rounds,
-        options.groups,
+        RowBudget(options.groups, options.single_rows),
         device,
         options.bf16,
         options.attention,

@@ -15,6 +15,7 @@ from typing import Any
 from accuracy_arms import EPOCHS, NAMES
 from accuracy_summary import BASELINE, by_seed
 from common import RESULTS
+from scipy.stats import ttest_rel
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->"
@@ -170,20 +171,48 @@ def equal_epochs() -> str | None:
     return table([*header, "standard deviation of Trainer's seeds", "test loss", "seeds with the higher loss"], rows)
 
 
+def baselines() -> str | None:
+    """What else could be done with the time that LGPTrainer takes, seed by seed against it."""
+    rows = []
+    for task, result in runs_with("time_to_accuracy_*", "lgp", BASELINE, "compressed"):
+        arms, final = result["summary"]["arms"], {}
+        for arm in (name for name in (BASELINE, "compressed", "small-batch", "infobatch", "lgp") if name in arms):
+            final[arm] = {seed: cell["final"]["accuracy"] for seed, cell in by_seed(result["cells"], arm).items()}
+        for arm, accuracy in final.items():
+            seeds = [seed for seed in final["lgp"] if seed in accuracy]
+            told = ["", ""]
+            if arm != "lgp" and len(seeds) > 1:
+                test = ttest_rel(*([of[seed] for seed in seeds] for of in (final["lgp"], accuracy)))
+                low, high = test.confidence_interval(0.95)
+                mean = statistics.fmean(final["lgp"][seed] - accuracy[seed] for seed in seeds)
+                told = [f"{mean:+.1%} ({low:+.1%} to {high:+.1%})", f"{test.pvalue:.2g}"]
+            mean = f"{statistics.fmean(accuracy.values()):.1%}"
+            rows.append([f"{task}, {len(seeds)} seeds", NAMES[arm], ratio(arms[arm]["total_seconds"]), mean, *told])
+    header = [
+        "task",
+        "run",
+        "time, in Trainer's",
+        "final accuracy",
+        "LGPTrainer's, against it (95%)",
+        "p, paired t-test",
+    ]
+    return table(header, rows)
+
+
 def predictability() -> str | None:
     """Shares of variance explained, by steps of training and number of groups."""
     rows = []
     for result in results("predictability*"):
         for step, measured in result["steps"].items():
-            for k in result["settings"]["groups"]:
-                of = measured[f"K = {k}"]
+            for name in (name for name in measured if name.startswith("K = ")):
+                of = measured[name]
                 share, parts = of["explained"], of["explained"]["by_part"]
                 numbers = [share["mean"], share["weighted"], share["worst"]]
                 numbers += [parts["embeddings"], parts["block 0"], of["squared_correlation"]["weighted"]]
                 numbers.append(of["share_of_worst_example"])
-                row = [f"{result['settings']['vit']}, step {int(step):,}", str(k), *(f"{n:.3f}" for n in numbers)]
+                row = [f"{result['settings']['vit']}, step {int(step):,}", name, *(f"{n:.3f}" for n in numbers)]
                 rows.append([*row, f"`{share['worst_tensor']}`"])
-    header = ["variance of single examples' gradients that is explained", "K", "mean over tensors"]
+    header = ["variance of single examples' gradients that is explained", "rows", "mean over tensors"]
     header += ["weighted by variance", "worst tensor", "embeddings", "first block"]
     return table([*header, "squared correlation, weighted", "residual of one example", "the worst tensor"], rows)
 
@@ -218,7 +247,7 @@ def versions() -> str | None:
 
 TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [time_to_accuracy, no_gain],
-    "docs/measurements.md": [arms, equal_epochs, predictability, step_cost, versions],
+    "docs/measurements.md": [baselines, arms, equal_epochs, predictability, step_cost, versions],
 }
 
 

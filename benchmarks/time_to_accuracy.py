@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_arms import ARMS, EPOCHS
+from accuracy_arms import ARMS, BATCH, EPOCHS
 from accuracy_summary import draw, summarise
 from accuracy_tasks import Task, finetune, scratch, scratch_folder, training_arguments
 from common import RESULTS, VITS, BatchAugmented, Positions, environment, thinned, write_json
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from turns import Turns, referee
 
-from hf_lgp import LGPTrainingArguments
+from hf_lgp import LGPTrainer, LGPTrainingArguments
 
 
 class Watch(TrainerCallback):
@@ -109,10 +109,12 @@ def peak_memory(device: torch.device) -> float:
 def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> dict[str, Any]:
     """One training run, in this process."""
     kind, settings = ARMS[arm]
-    steps = int(EPOCHS.get(arm, 1.0) * options.epochs * (len(task.train[0]) // options.batch))
+    batch = max(1, round(BATCH.get(arm, 1.0) * options.batch))
+    steps = int(EPOCHS.get(arm, 1.0) * options.epochs * (len(task.train[0]) // batch))
     arguments = training_arguments(
         options,
         seed,
+        per_device_train_batch_size=batch,
         max_steps=steps,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.scheduler,
@@ -121,7 +123,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
     )
     watch, load = Watch(task, options, steps), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        if kind is Trainer:
+        if not issubclass(kind, LGPTrainer):
             args = TrainingArguments(folder, **arguments)
         else:
             args = LGPTrainingArguments(folder, **arguments, lgp_seed=seed, **settings)
@@ -144,6 +146,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
         "arm": arm,
         "seed": seed,
         "steps": steps,
+        "batch": batch,
         "seconds": watch.clocks[0],
         "process_seconds": watch.clocks[1],
         "first_step_seconds": watch.first_step,

@@ -16,7 +16,7 @@ from .estimator import control_size
 from .rows.block import noting
 from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
 from .rows.parts import BlockParts, Intercept
-from .rows.walk import walk
+from .rows.walk import RowBudget, walk
 from .sealed import Sealed, SpliceError
 from .splice import Combine, Grouped, Predicted
 
@@ -28,7 +28,7 @@ Observed = Callable[[GroupSpread], None]
 class HowToWalk:
     """What the walk needs besides the notes."""
 
-    groups: int  # K, mean rows besides the first row
+    budget: RowBudget
     intercept: Intercept  # gives a context in which attention goes to another function
 
 
@@ -142,7 +142,7 @@ class Call:
         needs_input, how = self.h0.requires_grad, self.how
         device, dtype, enabled = self.autocast  # the forward's: a backward runs outside it
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return walk(self.parts, notes, delta, self.parameters, how.groups, needs_input, how.intercept)
+            return walk(self.parts, notes, delta, self.parameters, how.budget, needs_input, how.intercept)
 
     def _predict(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         return self._walk(self.notes, delta)

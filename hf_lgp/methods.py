@@ -16,6 +16,7 @@ from .control.plan import StepPlan
 from .linear.predictor import LinearPredictor
 from .linear.trunk import find_trunk, spliced_trunk
 from .rows.parts import Intercept
+from .rows.walk import RowBudget
 from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
 from .verify import evaluating, unrandom, verified
@@ -54,7 +55,7 @@ class RowWalk:
 
 
 def row_walk(
-    model: nn.Module, loss: Callable[[int], Any], count: int, groups: int, intercept: Intercept, half: bool
+    model: nn.Module, loss: Callable[[int], Any], count: int, budget: RowBudget, intercept: Intercept, half: bool
 ) -> RowWalk:
     """The row walk for a model, found and verified.
 
@@ -63,7 +64,7 @@ def row_walk(
     """
     with evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
-    how = HowToWalk(groups, intercept)
+    how = HowToWalk(budget, intercept)
     return RowWalk(verified(model, stacks, lambda: loss(count), how, half), how)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -28,21 +30,32 @@ _MOST, _TIMES = 256, 4
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What a probe found."""
+    """What a probe found; ``print`` shows it as a table.
 
-    fraction: float = 1.0  # of least price within the variance budget; 1 where exact steps are cheapest
-    residual_share: float = 1.0  # share of the gradient's variance that predictions do not explain
-    # Time of a step over that of a plain `Trainer` step, by control fraction; 1 stands for LGPTrainer's own exact steps.
+    Attributes:
+        fraction: Control fraction of least price within the variance budget; 1 where exact steps are cheapest.
+        residual_share: Share of the gradient's variance that predictions do not explain.
+        step_times: Time of a step over that of a plain ``Trainer`` step, by control fraction; 1 stands for LGPTrainer's own exact steps.
+        exact_seconds: Seconds of a plain micro-batch.
+        first_row: Whether the last block runs on one row only.
+        budget: Largest relative variance allowed.
+        refused: Why gradients of this model cannot be predicted; None if they can.
+        loader_seconds: Seconds that a micro-batch is waited for.
+    """
+
+    fraction: float = 1.0
+    residual_share: float = 1.0
     step_times: Mapping[float, float] = field(default_factory=lambda: {1.0: 1.0})
-    exact_seconds: float = math.nan  # of a plain micro-batch
-    first_row: bool = False  # whether the last block runs on one row only
+    exact_seconds: float = math.nan
+    first_row: bool = False
     budget: float = math.inf
-    refused: str | None = None  # why gradients of this model cannot be predicted
+    refused: str | None = None
+    loader_seconds: float = 0.0
 
     @property
     def prices(self) -> dict[float, float]:
         """Variance times step time by control fraction; a plain ``Trainer`` step has price 1."""
-        return {f: self.variance(f) * time for f, time in self.step_times.items()}
+        return {f: self.variance(f) * t for f, t in self.step_times.items()}
 
     def variance(self, fraction: float) -> float:
         """Variance of the gradient at a fraction, relative to the exact one."""
@@ -50,44 +63,64 @@ class ProbeReport:
 
     def best(self, budget: float) -> float:
         """The fraction of least price within a variance budget."""
-        costs = {f: time / self.step_times[1.0] for f, time in self.step_times.items() if f < 1.0}
+        costs = {f: t / self.step_times[1.0] for f, t in self.step_times.items() if f < 1.0}
         return best_fraction(costs, self.residual_share, budget)
+
+    @property
+    def input_bound(self) -> bool:
+        """Whether a micro-batch is waited for longer than its step would take."""
+        return self.loader_seconds > self.exact_seconds * self.step_times[self.fraction]
 
     @property
     def verdict(self) -> str:
         """The finding in words."""
         if self.refused is not None:
             return f"LGPTrainer would train this model exactly: {self.refused}."
-        time, price = self.step_times[self.fraction], self.prices[self.fraction]
+        own, price = self.step_times[self.fraction], self.prices[self.fraction]
+        slow = ""
+        if self.input_bound:
+            slow = "Input-bound: the data loader is slower than the step. Raise `dataloader_num_workers` first. "
         if self.fraction < 1.0:
             return (
-                f"Predictions pay here: with exact gradients for {self.fraction:g} of every batch a step takes {time:.2f} of "
+                f"{slow}Predictions pay here: with exact gradients for {self.fraction:g} of every batch a step takes {own:.2f} of "
                 f"Trainer's time, and the same progress about {price:.2f} of it."
             )
-        gain = f" Its exact steps take {time:.2f} of Trainer's time." if time < 0.97 else ""
+        gain = f" Its exact steps take {own:.2f} of Trainer's time." if own < 0.97 else ""
         if (wider := self.best(math.inf)) < 1.0:
             return (
-                f"Predictions would pay here, but not within the variance budget of {self.budget:g}: raise `lgp_variance_budget` above "
-                f"{self.variance(wider):.2f}, the variance at fraction {wider:g}, or LGPTrainer will train exactly.{gain}"
+                f"{slow}Predictions would pay here, but not within the variance budget of {self.budget:g}: raise `lgp_variance_budget` "
+                f"above {self.variance(wider):.2f}, the variance at fraction {wider:g}, or LGPTrainer will train exactly.{gain}"
             )
-        return f"Predictions do not pay here: LGPTrainer would train exactly, and look now and then whether that has changed.{gain}"
+        return f"{slow}Predictions do not pay here: LGPTrainer would train exactly, and look now and then whether that has changed.{gain}"
 
     def __str__(self) -> str:
         if self.refused is not None:
             return self.verdict
-        times = self.step_times
-        rows = [f"{f:>16g}{times[f]:>11.2f}{self.variance(f):>10.3f}{p:>7.2f}" for f, p in self.prices.items()]
-        said = (
-            f"1 is a plain step of Trainer: {self.exact_seconds:.4f} s. Predictions explain {1.0 - self.residual_share:.1%} of the "
-            f"gradient's variance. The last block runs on {'one row' if self.first_row else 'all rows'}."
-        )
-        return "\n".join(["control fraction  step time  variance  price", *rows, said, self.verdict])
+        rows = [
+            f"{f:>16g}{t:>11.2f}{self.variance(f):>10.3f}{self.prices[f]:>7.2f}{'  <- chosen' * (f == self.fraction)}"
+            for f, t in self.step_times.items()
+        ]
+        said = {
+            "a step of Trainer": f"{self.exact_seconds:.4f} s, the 1 of step time and price",
+            "waiting for data": f"{self.loader_seconds:.4f} s per step",
+            "variance explained": f"{1.0 - self.residual_share:.1%}",
+            "last block runs on": "one row" if self.first_row else "all rows",
+        }
+        notes = [f"{name:>18}  {value}" for name, value in said.items()]
+        return "\n".join(["control fraction  step time  variance  price", *rows, *notes, self.verdict])
 
 
 class _Probing(LGPTrainer):
     """Measures and times whatever the controller would do, and stops as soon as it can report."""
 
     unit = 0.0
+    waits: Sequence[float] = ()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.waits = (*self.waits, (time.perf_counter() - began) / max(1, len(samples[0])))
+        return samples
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         session, self.unit = self._lgp, max(self.unit, float(entries_of(inputs)))
@@ -113,6 +146,8 @@ class _Probing(LGPTrainer):
         possible = [f for f in FRACTIONS if control_size(controller.size, f) >= 2]
         times = {1.0: exact / plain, **{f: controller.cost(f) * exact / plain for f in possible}}
         found = ProbeReport(1.0, controller.residual_share, times, plain * self.unit, controller.first_row, budget)
+        wait = statistics.median(self.waits[2:] or (0.0,))  # the first batches start the workers
+        found = replace(found, loader_seconds=wait)
         return replace(found, fraction=found.best(budget))
 
 
@@ -148,7 +183,7 @@ def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None,
         kwargs: What else ``Trainer`` would be given, and ``compute_loss``, to stand in for the trainer's method of that name.
 
     Raises:
-        ValueError: If the arguments rule predictions out, as :class:`LGPTrainer` would say, or if batches are too small.
+        ValueError: If the arguments rule predictions out, as ``LGPTrainer`` would say, or if batches are too small.
     """
     if args is not None:
         refuse_incompatible(args, model)

@@ -18,6 +18,7 @@ from .control.controller import PERIOD, Controller, Rules
 from .control.exchange import holds_everywhere, mean_over_processes, processes
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
+from .estimator import control_size
 from .methods import Method
 from .settings import LGPSettings
 
@@ -41,6 +42,7 @@ class Session:
         refused: Why nothing is predicted; None while there is no reason.
         controller: What was measured and chosen.
         steps: Numbers of exact and predicted micro-batches.
+        examples: Numbers of examples with exact and with predicted gradients.
     """
 
     def __init__(self, settings: LGPSettings, exact_steps: int, device: torch.device, process: int = 0) -> None:
@@ -50,6 +52,7 @@ class Session:
         self._trained = 0
         self.controller = Controller()
         self.steps = {"exact": 0, "predicted": 0}
+        self.examples = {"exact": 0, "predicted": 0}
         self._readings: list[_Reading] = []
         self._waiting: list[_Reading] = []
         self._staged: tuple[list[_Reading], Tensor, Any] | None = None
@@ -104,6 +107,11 @@ class Session:
             yield
             lap = Lap(began, mark(self.device))
         self.steps["predicted" if plan.fraction < 1.0 else "exact"] += 1
+        exact = control_size(examples, plan.fraction)
+        self.examples = {
+            "exact": self.examples["exact"] + exact,
+            "predicted": self.examples["predicted"] + examples - exact,
+        }
         if self.method is not None and self.refused is None:
             kind = replace(plan, seed=0)
             self._readings.append(_Reading(kind, self.controller.seen, size, lap, tuple(spreads)))
@@ -171,13 +179,20 @@ class Session:
                 figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
         return {name: round(value, 6) for name, value in figures.items()}
 
+    def shares(self) -> dict[str, float]:
+        """Of all micro-batches and of all examples, the shares with predicted gradients; nothing if there were none."""
+        if not self.examples["predicted"]:
+            return {}
+        counts = {"steps_predicted": self.steps, "examples_predicted": self.examples}
+        return {name: round(count["predicted"] / sum(count.values()), 6) for name, count in counts.items()}
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""
         self._absorb_staged()
         if readings := self._waiting + self._readings:
             self._absorb(readings, mean_over_processes(self._numbers(readings)))
         self._waiting, self._readings = [], []
-        state = {"controller": self.controller.state_dict(), "steps": self.steps}
+        state = {"controller": self.controller.state_dict(), "steps": self.steps, "examples": self.examples}
         return ({} if self.method is None else self.method.state_dict()), state
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -188,4 +203,5 @@ class Session:
         """
         self.controller = Controller.from_state_dict(numbers["controller"])
         self.steps = {name: int(numbers["steps"][name]) for name in self.steps}
+        self.examples = {name: int(numbers["examples"][name]) for name in self.examples}
         self._learnt = tensors

@@ -17,24 +17,34 @@ _EXACT_SHARE, _MOST_EXACT_STEPS = 10, 100
 class LGPSettings:
     """Settings of linear gradient prediction; the fields of ``LGPTrainingArguments`` without their ``lgp_`` prefix.
 
+    Attributes:
+        control_fraction: ``f``, share of every micro-batch with exact gradients; 1: plain training, 0: chosen by measured price.
+        variance_budget: Largest relative variance that a fraction which is chosen may cause, above 1; 0: no limit.
+        exact_steps: Exact optimizer steps before a fraction is chosen; None: a tenth of the run, 100 at most.
+        predictor: ``rows``: the row walk, an error where it is not possible; ``auto``: exact there; ``linear``: the paper's.
+        groups: ``K``, means of rows that the row walk follows besides the first row.
+        single_rows: ``R``, rows that it follows one by one besides these: those asked most.
+        seed: Of the private random stream that draws the control examples.
+        window: Linear predictor: recent exact examples that it is fitted on.
+        rank: Linear predictor: basis vectors per side of a weight matrix.
+        kernel: Linear predictor: ``linear`` is the paper's, ``rbf`` goes beyond it.
+        ridge: Linear predictor: regularisation, relative to the kernel's mean diagonal.
+
     Raises:
         ValueError: If a value is out of range; the message says what to change.
     """
 
-    control_fraction: float = (
-        0.0  # f, share of every micro-batch with exact gradients; 1: plain training, 0: by measured price
-    )
-    variance_budget: float = 1.1  # largest relative variance that an automatic fraction may cause, above 1; 0: no limit
-    exact_steps: int | None = (
-        None  # exact optimizer steps before an automatic fraction; None: a tenth of the run, 100 at most
-    )
-    predictor: str = "auto"  # "rows": the row walk, an error where it is not possible; "auto": exact there; "linear"
-    groups: int = 4  # K, mean rows that the row walk follows besides the first row
-    seed: int = 0  # of the private random stream that draws the control examples
-    window: int = 2048  # linear predictor: recent exact examples that it is fitted on
-    rank: int = 16  # linear predictor: basis vectors per side of a weight matrix
-    kernel: Kernel = "rbf"  # linear predictor: "linear" is the paper's
-    ridge: float = 0.03  # linear predictor: regularisation, relative to the kernel's mean diagonal
+    control_fraction: float = 0.0
+    variance_budget: float = 1.1
+    exact_steps: int | None = None
+    predictor: str = "auto"
+    groups: int = 2
+    single_rows: int = 2
+    seed: int = 0
+    window: int = 2048
+    rank: int = 16
+    kernel: Kernel = "rbf"
+    ridge: float = 0.03
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.control_fraction <= 1.0:
@@ -51,7 +61,7 @@ class LGPSettings:
             raise ValueError(
                 f"`lgp_exact_steps` must not be negative, got {self.exact_steps}. Leave it out to have it chosen."
             )
-        for name, least in (("groups", 1), ("window", 2), ("rank", 1)):
+        for name, least in (("groups", 1), ("single_rows", 0), ("window", 2), ("rank", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`lgp_{name}` must be at least {least}, got {getattr(self, name)}.")
         if not self.ridge > 0:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .attention_interface import intercepted_attention
 from .compatibility import refuse_incompatible
 from .methods import Method, linear_predictor, row_walk
 from .renamed_weights import restore_renamed_weights
 from .report.figure_callback import FigureCallback
-from .report.log_lines import library_logger, readings, summary
+from .report.log_lines import library_logger, postfix, readings, summary
 from .report.model_card import extend_card
 from .rows.parts import NothingTrained, UnknownBlock
+from .rows.walk import RowBudget
 from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
@@ -47,7 +48,7 @@ class LGPTrainer(Trainer):
     without; the gradients of those are predicted, and the control subset removes the predictions' bias (arXiv 2511.05187). The expected
     gradient is that of ``Trainer`` for any loss, also one that couples examples; with ``lgp_control_fraction=1`` every step is ``Trainer``'s, bit for bit.
 
-    Takes the arguments of ``Trainer``. ``args`` may be :class:`~hf_lgp.LGPTrainingArguments` or plain ``TrainingArguments``, for which
+    Takes the arguments of ``Trainer``. ``args`` may be ``LGPTrainingArguments`` or plain ``TrainingArguments``, for which
     the defaults of the former apply.
 
     Raises:
@@ -158,8 +159,9 @@ class LGPTrainer(Trainer):
             else:
                 examples = examples_of(batch)
                 # Some losses want a whole batch.
+                budget = RowBudget(settings.groups, settings.single_rows)
                 count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
-                method = row_walk(model, loss, count, settings.groups, intercepted_attention, half)
+                method = row_walk(model, loss, count, budget, intercepted_attention, half)
         except UnknownBlock as error:
             reason, needed = str(error), not isinstance(error, NothingTrained)
         except Exception as error:
@@ -185,10 +187,13 @@ class LGPTrainer(Trainer):
         """Log as ``Trainer`` does, with ``lgp/*`` readings beside every training loss, and a line that sums them up at the end."""
         session, ended = self._lgp, "train_runtime" in logs
         if session is not None and ("loss" in logs or ended):
-            figures = session.figures()
+            figures = session.figures() | (session.shares() if ended else {})
             logs.update(readings(figures))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.set_postfix_str(postfix(figures), refresh=False)
             if ended and self.is_world_process_zero():
-                logger.info(summary(figures, session.steps, logs["train_runtime"], session.refused))
+                logger.info(summary(figures, logs["train_runtime"], session.refused))
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

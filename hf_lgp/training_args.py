@@ -11,7 +11,7 @@ from .settings import KERNELS, PREDICTORS, LGPSettings
 
 @dataclass
 class LGPTrainingArguments(TrainingArguments):
-    """Arguments of :class:`~hf_lgp.LGPTrainer`.
+    """Arguments of ``LGPTrainer``.
 
     Every argument of ``TrainingArguments`` keeps its meaning and default. See ``hf_lgp.LGPSettings`` for the ranges.
 
@@ -49,7 +49,10 @@ class LGPTrainingArguments(TrainingArguments):
         },
     )
     lgp_groups: int = field(
-        default=4, metadata={"help": "Mean rows that the row walk follows besides the first row of a sequence."}
+        default=2, metadata={"help": "Means of rows that the row walk follows besides the first row of a sequence."}
+    )
+    lgp_single_rows: int = field(
+        default=2, metadata={"help": "Rows that the row walk follows one by one besides these: those asked most."}
     )
     lgp_seed: int = field(
         default=0,

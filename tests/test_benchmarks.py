@@ -22,13 +22,16 @@ import versions  # noqa: E402
 from accuracy_summary import summarise  # noqa: E402
 from accuracy_tasks import Task  # noqa: E402
 from common import build_vit, random_images, thinned, write_json  # noqa: E402
+from infobatch import epoch_of  # noqa: E402
 from time_to_accuracy import argument_parser, run_cell  # noqa: E402
 
 from hf_lgp.attention_interface import intercepted_attention  # noqa: E402
 from hf_lgp.control.plan import StepPlan  # noqa: E402
 from hf_lgp.methods import row_walk  # noqa: E402
+from hf_lgp.rows.walk import RowBudget  # noqa: E402
 
 VIT = "digits-tiny"
+BUDGET = RowBudget(2, 1)
 
 
 def digits_like(count: int) -> Task:
@@ -41,17 +44,17 @@ def digits_like(count: int) -> Task:
 def result() -> dict[str, Any]:
     arguments = f"--vit {VIT} --batch 16 --epochs 4 --images 64 --eval-points 4 --cpu --seeds 0"
     options = argument_parser("", ["scratch"]).parse_args(arguments.split())
-    cells = [run_cell(options, digits_like(64), arm, 0) for arm in ("trainer", "lgp", "quarter")]
+    cells = [run_cell(options, digits_like(64), arm, 0) for arm in ("trainer", "lgp", "quarter", "compressed")]
     settings = {name: getattr(options, name) for name in ("task", "vit", "images", "epochs", "bf16")}
     return {"settings": settings, "summary": summarise(cells, [1, 2], options.epochs, options.batch), "cells": cells}
 
 
 def test_arms_train_and_count_their_steps(result: dict[str, Any]) -> None:
-    plain, automatic, quarter = result["cells"]
+    plain, automatic, quarter, _ = result["cells"]
     assert plain["micro_batches"] is None
     assert automatic["micro_batches"] == {"exact": 16, "predicted": 0}  # too short a run to find out
     assert quarter["micro_batches"] == {"exact": 0, "predicted": 16}
-    for cell in result["cells"]:
+    for cell in result["cells"][:3]:
         assert cell["steps"] == 16 and [point["step"] for point in cell["curve"]] == [0, 4, 8, 12, 16]
         assert len(cell["log"]) <= 32
         assert cell["curve"][0]["accuracy"] == plain["curve"][0]["accuracy"]
@@ -71,7 +74,7 @@ def test_tables_are_drawn_from_whatever_is_there(
     write_json(tmp_path / "versions_tiny.json", {"settings": settings, "summary": versions.summary(runs)})
     write_json(tmp_path / "step_cost_tiny_cpu.json", step_cost.measure(VIT, 16, [0.25], 1))
     model, examples = vit_and_examples()
-    measured = {"settings": {"vit": VIT, "groups": [1]}, "steps": {"0": predictability.measure(model, examples, [1])}}
+    measured = {"settings": {"vit": VIT}, "steps": {"0": predictability.measure(model, examples, [BUDGET])}}
     write_json(tmp_path / "predictability.json", measured)
     drawn = [make() for make in makes]
     assert None not in drawn
@@ -109,29 +112,30 @@ def test_predictions_of_single_examples_are_compared_tensor_by_tensor() -> None:
     model, examples = vit_and_examples()
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    measured = predictability.measure(model, examples, [1, 16])
+    budgets = [RowBudget(1), RowBudget(1, 6), RowBudget(16)]
+    measured = predictability.measure(model, examples, budgets)
     assert measured["last_block_on_one_row"]
-    for k in (1, 16):
+    for budget in budgets:
         for kind in ("explained", "squared_correlation"):
-            figures = measured[f"K = {k}"][kind]
+            figures = measured[predictability.label(budget)][kind]
             assert figures["by_part"]["block 1"] == pytest.approx(1.0, abs=1e-4)  # exact
             assert figures["by_part"]["final norm"] == pytest.approx(1.0, abs=1e-4)
             assert figures["worst"] <= figures["mean"] <= 1.0
-    few, many = (measured[f"K = {k}"]["explained"] for k in (1, 16))
-    assert 0.3 < few["weighted"] < many["weighted"]
+    few, single, many = (measured[predictability.label(budget)]["explained"]["weighted"] for budget in budgets)
+    assert 0.3 < few < single < 1.0 and few < many
 
 
 def test_predictions_of_single_examples_are_what_a_step_takes() -> None:
     model, examples = vit_and_examples()
     two = {name: value[:2] for name, value in examples.items()}
     method = row_walk(
-        model, lambda n: model(**{k: v[:n] for k, v in two.items()}).loss, 2, 4, intercepted_attention, False
+        model, lambda n: model(**{k: v[:n] for k, v in two.items()}).loss, 2, BUDGET, intercepted_attention, False
     )
     with method.splice(StepPlan(0.5, first_row=True), lambda _: None):
         model(**two).loss.backward()
     each = [{name: value[i : i + 1] for name, value in two.items()} for i in range(2)]
     exact = [predictability.exact_gradients(model, one) for one in each]
-    predicted = [predictability.predicted_gradients(model, method, one, [4])[4] for one in each]
+    predicted = [predictability.predicted_gradients(model, method, one, [BUDGET])[BUDGET] for one in each]
     differences = []
     for a, b in ((0, 1), (1, 0)):  # which of them was the control example is drawn
         of_step = {n: (2 * g - predicted[a][n] + predicted[b][n]) / 2 for n, g in exact[a].items()}
@@ -181,3 +185,26 @@ def test_result_files_are_summaries(tmp_path: Path) -> None:
     )
     sizes = [(BENCHMARKS / name).stat().st_size for name in listing.stdout.split() if (BENCHMARKS / name).is_file()]
     assert sum(sizes) < 1_000_000
+
+
+def test_infobatch_leaves_out_what_is_learnt_and_keeps_the_expected_weight() -> None:
+    losses = torch.tensor([0.1] * 50 + [3.0] * 50)
+    draw = torch.Generator().manual_seed(0)
+    epochs = [dict(epoch_of(losses, draw, 0.5)) for _ in range(400)]
+    assert all(set(range(50, 100)) <= set(epoch) for epoch in epochs) and {len(epoch) for epoch in epochs} != {100}
+    mean = [sum(epoch.get(i, 0.0) for epoch in epochs) / len(epochs) for i in range(100)]
+    assert mean[50:] == [1.0] * 50 and sum(mean[:50]) / 50 == pytest.approx(1.0, abs=0.02)
+    assert len(epoch_of(torch.full((9,), torch.inf), draw, 0.5)) == 9, "what was not seen stays"
+    assert len(epoch_of(losses, draw, 0.0)) == 100
+
+
+def test_baselines_in_other_time_have_their_own_steps_and_batches() -> None:
+    options = argument_parser("", ["scratch"]).parse_args(
+        f"--vit {VIT} --batch 16 --epochs 4 --images 64 --eval-points 2 --cpu".split()
+    )
+    cells = {arm: run_cell(options, digits_like(64), arm, 0) for arm in ("compressed", "small-batch", "infobatch")}
+    assert {arm: (cell["steps"], cell["batch"]) for arm, cell in cells.items()} == {
+        "compressed": (8, 16),
+        "small-batch": (33, 4),
+        "infobatch": (8, 16),
+    }

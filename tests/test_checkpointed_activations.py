@@ -37,6 +37,7 @@ def run(family: str, folder: Path, accumulation: int, **settings: Any) -> tuple[
         disable_tqdm=True,
         lgp_control_fraction=1 / 3,
         lgp_groups=2,
+        lgp_single_rows=1,
         **settings,
     )
     data, model = (

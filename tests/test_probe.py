@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,28 @@ def test_a_table_has_a_line_for_each_fraction() -> None:
     assert [row.split() for row in rows[:3]] == [
         ["1", "0.90", "1.000", "0.90"],
         ["0.5", "0.70", "1.020", "0.71"],
-        ["0.25", "0.50", "1.060", "0.53"],
+        ["0.25", "0.50", "1.060", "0.53", "<-", "chosen"],
     ]
-    assert "98.0%" in rows[3] and "one row" in rows[3] and rows[4] == FOUND.verdict
+    assert any("variance explained  98.0%" in row for row in rows) and any("one row" in row for row in rows)
+    assert rows[-1] == FOUND.verdict
+
+
+def test_a_slow_data_loader_comes_first() -> None:
+    assert not FOUND.input_bound and "Input-bound" not in FOUND.verdict
+    waiting = replace(FOUND, loader_seconds=0.06)  # a predicted step takes 0.05
+    assert waiting.verdict.startswith("Input-bound: the data loader is slower than the step.")
+    assert FOUND.verdict in waiting.verdict
+
+
+class Slow(TinyImages):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+def test_waiting_for_data_is_measured(tmp_path: Path) -> None:
+    report = probe(tiny_vit(torch.float32), Slow(64, dtype=torch.float32, labels=3), arguments(tmp_path))
+    assert report.loader_seconds >= 0.16, "sixteen images, each of which takes 0.01 s"
 
 
 # -- dry runs ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from hf_lgp.settings import LGPSettings
         ("exact_steps", -1, "`lgp_exact_steps` must not be negative, got -1"),
         ("window", 1, "`lgp_window` must be at least 2, got 1"),
         ("groups", 0, "`lgp_groups` must be at least 1, got 0"),
+        ("single_rows", -1, "`lgp_single_rows` must be at least 0, got -1"),
         ("rank", -3, "`lgp_rank` must be at least 1, got -3"),
         ("ridge", 0.0, "`lgp_ridge` must be positive, got 0.0"),
         ("ridge", math.nan, "`lgp_ridge` must be positive"),

@@ -15,10 +15,11 @@ from hf_lgp.call import HowToWalk
 from hf_lgp.control.measurement import GroupSpread
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.rows.parts import UnknownBlock
+from hf_lgp.rows.walk import RowBudget
 from hf_lgp.sealed import SpliceError
 from hf_lgp.stack import Stack, find_stacks, spliced
 
-HOW = HowToWalk(2, intercepted_attention)
+HOW = HowToWalk(RowBudget(1, 1), intercepted_attention)
 
 
 def stacks_of(name: str, model: Any, first_row: bool = False) -> list[Stack]:

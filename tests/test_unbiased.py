@@ -19,6 +19,7 @@ from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.methods import row_walk
+from hf_lgp.rows.walk import RowBudget
 
 CONTROLS = 2
 
@@ -129,7 +130,7 @@ def test_the_mean_over_all_draws_is_the_exact_gradient(
     def few(count: int) -> Tensor:
         return trainer.compute_loss(model, {name: value[:count] for name, value in inputs.items()})
 
-    method = row_walk(model, few, EXAMPLES, 2, intercepted_attention, half=False)
+    method = row_walk(model, few, EXAMPLES, RowBudget(1, 1), intercepted_attention, half=False)
     assert method.has_first_row == (architecture in READS_FIRST_ROW)
     exact_loss, exact = loss_and_gradients()
     largest = max(float(g.norm()) for g in exact)

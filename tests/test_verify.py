@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.methods import row_walk
 from hf_lgp.rows.parts import UnknownBlock
+from hf_lgp.rows.walk import RowBudget
 from hf_lgp.verify import entries_of, examples_of, few_of, unrandom
 
 
 def check(model: Any, loss: Any = None) -> Any:
     inputs = inputs_of("vit")
     loss = loss or (lambda few: model(**few).loss)
-    return row_walk(model, lambda count: loss(few_of(inputs, count)), 4, 2, intercepted_attention, half=False)
+    return row_walk(
+        model, lambda count: loss(few_of(inputs, count)), 4, RowBudget(1, 1), intercepted_attention, half=False
+    )
 
 
 def test_a_model_is_checked_and_left_as_it_was() -> None:

@@ -31,14 +31,25 @@ def readings(figures: Mapping[str, float]) -> dict[str, float]:
     return {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 
-def summary(figures: Mapping[str, float], steps: Mapping[str, int], seconds: float, refused: str | None) -> str:
+def postfix(figures: Mapping[str, float]) -> str:
+    """What a progress bar says beside its steps; nothing while nothing is predicted."""
+    if figures["fraction"] >= 1.0:
+        return ""
+    parts = [f"1/{1.0 / figures['fraction']:.3g} exact"]
+    if "variance_explained" in figures:
+        parts.append(f"{figures['variance_explained']:.0%} explained")
+    if "seconds_saved" in figures:
+        parts.append(f"{figures['seconds_saved']:.0f} s saved")
+    return ", ".join(parts)
+
+
+def summary(figures: Mapping[str, float], seconds: float, refused: str | None) -> str:
     """One line for a person at the end of a run."""
     if refused is not None:
         return f"LGPTrainer: all gradients were exact, because {refused}."
-    count = sum(steps.values())
-    if not steps["predicted"]:
+    if "examples_predicted" not in figures:
         return "LGPTrainer: all gradients were exact; predicting them would not have paid here."
-    line = f"LGPTrainer: {steps['predicted'] / count:.0%} of the steps had predicted gradients"
+    line = f"LGPTrainer: {figures['examples_predicted']:.0%} of examples had predicted gradients"
     saved = figures.get("seconds_saved")
     if saved is None:
         return f"{line}."

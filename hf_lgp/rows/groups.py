@@ -43,6 +43,22 @@ def group_rows(hidden: Tensor, groups: int) -> Tensor:
     return F.one_hot(code, 1 + groups).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
+def follow_singly(member: Tensor, asked: Tensor, rows: int) -> Tensor:
+    """Membership with a group of its own for each of the rows that were asked most: shape ``(m, T, 1 + K + R)``, ``R = min(rows, T - 1)``.
+
+    Args:
+        member: Membership, shape ``(m, T, 1 + K)``.
+        asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit.
+        rows: How many to take out of their groups; the first row is one already.
+    """
+    rows = min(rows, member.shape[1] - 1)
+    if rows == 0:
+        return member
+    most = 1 + asked[:, 1:, 0].topk(rows, dim=1).indices
+    single = member.new_zeros(len(member), member.shape[1], rows).scatter_(1, most[:, None], 1.0)
+    return torch.cat([member * (1.0 - single.sum(-1, keepdim=True)), single], -1)
+
+
 def row_weights(member: Tensor, asked: Tensor) -> Tensor:
     """How much of its group's row each row is: in proportion to what it was asked so far.
 

@@ -1,21 +1,30 @@
 """The walk: from the last block to the first, each block itself is called on a few rows while its attention reads all rows.
 
-At each block ``S = 1 + K`` rows per example are followed: the first row and ``K`` means of groups of the others. Autograd gives the
-gradients of the block's parameters, of the followed rows, and of the rows that attention reads. A group's gradient is the sum over its rows; the row that stands for
-it is their mean, weighted by what each was asked so far.
+At each block ``S = 1 + R + K`` rows per example are followed: the first row, the ``R`` rows that were asked most so far, each by itself, and ``K`` means
+of groups of the others. Autograd gives the gradients of the block's parameters, of the followed rows, and of the rows that attention reads. A group's
+gradient is the sum over its rows; the row that stands for it is their mean, weighted by what each was asked so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .block import run_rows
-from .groups import group_rows, row_weights
+from .groups import follow_singly, group_rows, row_weights
 from .notes import BlockNotes
 from .parts import BlockParts, Intercept
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """How many rows of each example are followed besides the first: ``singly`` is ``R``, ``groups`` is ``K``."""
+
+    groups: int
+    singly: int = 0
 
 
 def walk(
@@ -23,33 +32,34 @@ def walk(
     notes: Sequence[BlockNotes],
     delta: Tensor,
     parameters: Sequence[nn.Parameter],
-    groups: int,
+    budget: RowBudget,
     needs_input: bool,
     intercept: Intercept,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Predicted gradients of a stack's input and parameters: ``sum_i`` of the predictor's ``J_i^T delta_i``.
 
-    ``delta (m, T, D)`` is the gradient of the stack's output, perhaps with a weight for each example; ``groups`` is ``K``.
+    ``delta (m, T, D)`` is the gradient of the stack's output, perhaps with a weight for each example.
     The input's gradient is None if it is not wanted, and a parameter's where there is none.
     """
     wanted = {id(parameter) for parameter in parameters}
     of_block = [[p for p in part.block.parameters() if id(p) in wanted] for part in parts]
     first = 0 if needs_input else next(i for i, own in enumerate(of_block) if own)
-    member = group_rows(notes[min(1, len(notes) - 1)].hidden, groups)
-    arriving = member.mT.to(delta.dtype) @ delta
+    groups = group_rows(notes[min(1, len(notes) - 1)].hidden, budget.groups)
     asked = delta.norm(dim=-1, keepdim=True)
     sums: dict[int, Tensor] = {}  # by parameter: blocks may share some
     for i in reversed(range(first, len(parts))):
+        member = follow_singly(groups, asked, budget.singly)
         weights = row_weights(member, asked)
+        arriving = member.mT.to(delta.dtype) @ delta
         of_rows, of_hidden, own = _walk_block(parts[i], notes[i], weights, arriving, of_block[i], intercept)
         for parameter, gradient in zip(of_block[i], own, strict=True):
             if gradient is not None:
                 sums[id(parameter)] = sums[id(parameter)] + gradient if id(parameter) in sums else gradient
-        if i == 0:
-            return torch.baddbmm(of_hidden, weights.to(of_rows.dtype), of_rows), [sums.get(id(p)) for p in parameters]
+        if i == first and not needs_input:
+            break
+        delta = torch.baddbmm(of_hidden, weights.to(of_rows.dtype), of_rows)
         asked = asked + of_hidden.norm(dim=-1, keepdim=True)
-        arriving = torch.baddbmm(of_rows, member.mT.to(of_hidden.dtype), of_hidden)
-    return None, [sums.get(id(p)) for p in parameters]
+    return delta if needs_input else None, [sums.get(id(p)) for p in parameters]
 
 
 def _walk_block(

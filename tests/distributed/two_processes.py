@@ -53,6 +53,7 @@ def one_step(folder: str, data: Any) -> dict[str, Tensor]:
         disable_tqdm=True,
         lgp_control_fraction=0.5,
         lgp_groups=1,
+        lgp_single_rows=1,
     )
     trainer = LGPTrainer(tiny_vit(), arguments, train_dataset=data, callbacks=[seen])
     trainer.train()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lgp.rows.groups import group_rows, row_weights
+from hf_lgp.rows.groups import follow_singly, group_rows, row_weights
 
 
 @given(rows=st.integers(2, 9), groups=st.integers(1, 9), seed=st.integers(0, 9))
@@ -47,3 +47,18 @@ def test_rows_that_were_asked_alike_count_alike(asked: float) -> None:
     member = group_rows(torch.randn(1, 9, 4), 2)
     weights = row_weights(member, torch.full((1, 9, 1), asked))
     torch.testing.assert_close(weights, member / member.sum(1, keepdim=True).clamp(min=1))
+
+
+@given(rows=st.integers(2, 9), singly=st.integers(0, 12), scale=st.sampled_from([-3.0, 0.5]), seed=st.integers(0, 9))
+def test_rows_that_were_asked_most_leave_their_groups(rows: int, singly: int, scale: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    member = group_rows(torch.randn(3, rows, 4, generator=draw), 2)
+    asked = torch.rand(3, rows, 1, generator=draw)
+    followed = follow_singly(member, asked, singly)
+    alone = min(singly, rows - 1)
+    assert followed.shape == (3, rows, 3 + alone) and torch.equal(followed.sum(-1), torch.ones(3, rows))
+    assert torch.equal(followed[..., 3:].sum(1), torch.ones(3, alone)) and torch.equal(followed[..., 0], member[..., 0])
+    taken = followed[..., 3:].sum(-1).bool()
+    for row, by in zip(taken[:, 1:], asked[:, 1:, 0], strict=True):
+        assert not row.any() or row.all() or by[row].min() >= by[~row].max()
+    assert torch.equal(followed, follow_singly(member, abs(scale) * asked, singly)), "the unit does not matter"

@@ -13,7 +13,7 @@ import hf_lgp.rows.walk
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.call import Call, HowToWalk
 from hf_lgp.control.plan import StepPlan
-from hf_lgp.rows.walk import walk
+from hf_lgp.rows.walk import RowBudget, walk
 from hf_lgp.stack import Stack, find_stacks, spliced
 
 
@@ -28,7 +28,7 @@ def noted(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Stack
         return made[-1][1]
 
     monkeypatch.setattr(Call, "finish", kept)
-    with spliced([stack], StepPlan(all_control=True), HowToWalk(2, intercepted_attention)):
+    with spliced([stack], StepPlan(all_control=True), HowToWalk(RowBudget(2, 1), intercepted_attention)):
         model(**inputs)
     return stack, *made[-1]
 
@@ -44,7 +44,7 @@ def test_with_every_row_followed_the_walk_is_the_backward(name: str, monkeypatch
     needs_input = call.h0.requires_grad
     expected = torch.autograd.grad(out, [call.h0] * needs_input + call.parameters, delta, allow_unused=True)
     of_input, found = walk(
-        stack.parts, call.notes, delta, call.parameters, rows - 1, needs_input, intercepted_attention
+        stack.parts, call.notes, delta, call.parameters, RowBudget(rows - 1), needs_input, intercepted_attention
     )
     largest = max(float(g.norm()) for g in expected if g is not None)
     for one, other in zip([of_input] * needs_input + found, expected, strict=True):
@@ -58,7 +58,7 @@ def test_the_walk_treats_examples_by_themselves_and_is_linear(name: str, monkeyp
     delta, weights = torch.randn_like(out), torch.tensor([1.0, -3.0, 0.5, 2.0], dtype=out.dtype)
 
     def predicted(notes: Any, delta: Tensor) -> list[Tensor]:
-        found = walk(stack.parts, notes, delta, call.parameters, 2, True, intercepted_attention)[1]
+        found = walk(stack.parts, notes, delta, call.parameters, RowBudget(1, 2), True, intercepted_attention)[1]
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, call.parameters, strict=True)]
 
     together = predicted(call.notes, delta * weights[:, None, None])
@@ -78,7 +78,7 @@ def test_the_first_row_meets_the_dropout_it_met_in_the_forward(monkeypatch: pyte
     delta = torch.zeros_like(out)
     delta[:, 0] = torch.randn(out[:, 0].shape, dtype=out.dtype)
     exact = torch.autograd.grad(out, call.parameters, delta, allow_unused=True)
-    _, found = walk(stack.parts, call.notes, delta, call.parameters, 2, True, intercepted_attention)
+    _, found = walk(stack.parts, call.notes, delta, call.parameters, RowBudget(1, 2), True, intercepted_attention)
     names = {id(p): n for n, p in model.named_parameters()}
     for parameter, a, b in zip(call.parameters, found, exact, strict=True):
         if "layers.2.mlp.fc2" in names[id(parameter)]:  # only the class row has a gradient there
@@ -93,6 +93,6 @@ def test_frozen_blocks_below_end_the_walk(monkeypatch: pytest.MonkeyPatch) -> No
     walked = hf_lgp.rows.walk._walk_block
     monkeypatch.setattr(hf_lgp.rows.walk, "_walk_block", lambda p, *a: visited.append(p.block) or walked(p, *a))
     delta = torch.randn_like(out)
-    of_input, found = walk(stack.parts, call.notes, delta, call.parameters, 2, False, intercepted_attention)
+    of_input, found = walk(stack.parts, call.notes, delta, call.parameters, RowBudget(2), False, intercepted_attention)
     assert visited == [model.vit.layers[2]] and of_input is None
     assert all(g is not None for g in found)

@@ -74,7 +74,8 @@ def assert_unbiased(
         "learning_rate": 0.0,
         "max_grad_norm": 0.0,
         "train_sampling_strategy": "sequential",
-        "lgp_groups": 1,  # the tiny images' four rows in four groups would be predicted exactly
+        "lgp_groups": 1,
+        "lgp_single_rows": 1,  # the tiny images' four rows, one by one, would be predicted exactly
         "max_steps": len(draws),
     }
     seen, trainers = [], []
@@ -92,7 +93,7 @@ def assert_unbiased(
         off = float((mean[name] - gradient).norm())
         assert off <= tolerance * max(float(gradient.norm()), 1e-3 * largest), f"{name} is off by {off}"
     single = max(float((seen[1].steps[0][name] - gradient).norm()) for name, gradient in exact.items())
-    assert single > max(2 * tolerance, 1e-4) * largest, f"a single draw is an estimate, off by {single / largest}"
+    assert single > max(1.5 * tolerance, 1e-4) * largest, f"a single draw is an estimate, off by {single / largest}"
     return predicting
 
 
