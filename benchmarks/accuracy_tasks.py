@@ -83,10 +83,10 @@ def cifar(options: argparse.Namespace, split: str) -> tuple[Tensor, Tensor]:
 def scratch(options: argparse.Namespace) -> Task:
     """CIFAR-10 from random weights."""
     images, labels = cifar(options, "train")
-    count = options.images or len(images)
+    count, test = options.images or len(images), cifar(options, "test")
     return Task(
         (images[:count].clone(), labels[:count].clone()),
-        cifar(options, "test"),
+        (test[0][: options.test_images or None], test[1][: options.test_images or None]),
         lambda seed: build_vit(options.vit, seed=seed, attn_implementation=options.attention),
     )
 

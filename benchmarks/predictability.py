@@ -179,6 +179,7 @@ def summary(figures: dict[str, tuple[float, float]]) -> dict[str, Any]:
         "weighted": weighted(list(figures.values())),
         "worst": figures[worst][1],
         "worst_tensor": worst,
+        "below_0.9": sorted(name for name, (_, share) in figures.items() if share < 0.9),
         "by_part": {part: weighted(rows) for part, rows in parts.items()},
     }
 
@@ -228,7 +229,8 @@ def main() -> None:
             for kind in ("explained", "squared_correlation"):
                 figures = measured[label(budget)][kind]
                 three = f"{figures['mean']:.3f} / {figures['weighted']:.3f} / {figures['worst']:.3f}"
-                print(f"step {step}, {label(budget)}, {kind}: {three} ({figures['worst_tensor']})", flush=True)
+                few = ", ".join(figures["below_0.9"]) or "none"
+                print(f"step {step}, {label(budget)}, {kind}: {three}; below 0.9: {few}", flush=True)
         write_json(options.output / f"{options.name}.json", result)
 
 

@@ -81,6 +81,19 @@ def standard_error(values: list[float]) -> float | None:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
+def headline() -> str | None:
+    """The result in one sentence."""
+    for task, result in runs_with("time_to_accuracy_scratch*", "lgp", BASELINE):
+        figures = result["summary"]["arms"]["lgp"]
+        final, machine = figures["final_accuracy"], result["environment"]
+        return (
+            f"**{1.0 / figures['total_seconds']['median_ratio']:.1f} times faster at equal epochs, accuracy "
+            f"{with_error(final['difference'], final['standard_error'], '+.1%')}**: {task}, {seeds_of(figures)}, on "
+            f"{machine['device']} with {machine['threads']} threads."
+        )
+    return None
+
+
 def time_to_accuracy() -> str | None:
     """Time to accuracy of LGPTrainer against Trainer, by task."""
     rows = []
@@ -246,8 +259,8 @@ def versions() -> str | None:
 
 
 TABLES: dict[str, list[Callable[[], str | None]]] = {
-    "README.md": [time_to_accuracy, no_gain],
-    "docs/measurements.md": [baselines, arms, equal_epochs, predictability, step_cost, versions],
+    "README.md": [headline, baselines, no_gain],
+    "docs/measurements.md": [time_to_accuracy, baselines, arms, equal_epochs, predictability, step_cost, versions],
 }
 
 

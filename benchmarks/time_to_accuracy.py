@@ -250,6 +250,7 @@ def argument_parser(description: str, tasks: list[str]) -> argparse.ArgumentPars
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["trainer", "lgp"])
     parser.add_argument("--eval-points", type=int, default=16, help="evaluations of a run, evenly spaced in steps")
     parser.add_argument("--eval-images", type=int, default=2000, help="test images of the curve; all at the end")
+    parser.add_argument("--test-images", type=int, default=0, help="test images in all, 0 for all there are")
     parser.add_argument("--target-epochs", type=float, nargs="+", default=[1, 2, 3], help="the last is the primary one")
     parser.add_argument("--pretrain-epochs", type=int, default=10, help="of task finetune, on the classes known before")
     parser.add_argument("--bf16", action="store_true", help="autocast; float32 otherwise")

@@ -1,7 +1,7 @@
 """The step of one version of the package against another's, side by side: the mean over whole cycles, measuring steps included.
 
-Every version trains by ``LGPTrainer`` at a fixed control fraction in a process of its own, one after the other, in alternating order; the
-figure is the mean time of ``training_step`` over the last ``--steps`` micro-batches. Plain ``Trainer``, an eighth, and exact steps whose last block is run
+Every version trains by ``LGPTrainer`` at a fixed control fraction in a process of its own. The processes of a repeat take turns of some seconds, in alternating order, and
+only one works at a time: a machine that grows slower meanwhile does so for all. The figure is the mean time of ``training_step`` over the last ``--steps`` micro-batches. Plain ``Trainer``, an eighth, and exact steps whose last block is run
 on one row come from the new version. Finished repeats are kept, and a second call goes on from there.
 
     git worktree add /tmp/old COMMIT
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 from common import BATCHES, RESULTS, VITS, build_vit, environment, random_images, write_json
+from turns import Turns, referee
 
 TRAINER, OLD, NEW = "trainer", "old", "new"
 
@@ -59,9 +58,13 @@ def seconds_per_step(options: argparse.Namespace, settings: dict[str, Any]) -> f
 
     kind, arguments = (LGPTrainer, LGPTrainingArguments) if settings else (Trainer, TrainingArguments)
     spent: list[float] = []
+    turns = Turns(options.turns)
+    turns.wait()
 
     class Timed(kind):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if turns.over:
+                turns.wait()
             began = time.perf_counter()
             loss = super().training_step(*args, **kwargs)
             spent.append(time.perf_counter() - began)
@@ -86,21 +89,24 @@ def seconds_per_step(options: argparse.Namespace, settings: dict[str, Any]) -> f
     return statistics.mean(spent[-options.steps :])
 
 
-def in_own_process(folder: Path, arm: str) -> float:
-    """Seconds per step of an arm by the version in a folder.
+def in_turns(arms: dict[str, Path]) -> dict[str, float]:
+    """Seconds per step of each arm, by the version in its folder.
 
     Raises:
-        SystemExit: If it fails, or if the package comes from elsewhere.
+        SystemExit: If the package comes from elsewhere.
     """
-    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-    environ = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    if not Path(answer["package"]).is_relative_to(folder):
-        raise SystemExit(f"{arm} ran {answer['package']}, not what is in {folder}.")
-    return float(answer["seconds"])
+    with tempfile.TemporaryDirectory() as where:
+        told = {arm: Path(where) / f"{number}.json" for number, arm in enumerate(arms)}
+        commands = [
+            ["env", f"PYTHONPATH={folder}", sys.executable, *sys.argv, "--arm", arm, "--told", str(told[arm])]
+            for arm, folder in arms.items()
+        ]
+        referee(commands)
+        answers = {arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in told.items()}
+    for arm, answer in answers.items():
+        if not Path(answer["package"]).is_relative_to(arms[arm]):
+            raise SystemExit(f"{arm} ran {answer['package']}, not what is in {arms[arm]}.")
+    return {arm: float(answer["seconds"]) for arm, answer in answers.items()}
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -126,7 +132,9 @@ def main() -> None:
     parser.add_argument("--pair", action="store_true", help="the two versions alone")
     parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--turns", type=float, default=2.0, help="seconds of a turn")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--told", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch = options.batch or BATCHES.get(options.vit, 64)
     arms = arms_of(options.fraction)
@@ -136,10 +144,11 @@ def main() -> None:
         import hf_lgp
 
         seconds = seconds_per_step(options, arms[options.arm][1])
-        print(json.dumps({"seconds": seconds, "package": str(Path(hf_lgp.__file__).resolve())}))
+        told = {"seconds": seconds, "package": str(Path(hf_lgp.__file__).resolve())}
+        options.told.write_text(json.dumps(told), encoding="utf-8")
         return
     path = options.output / f"{options.name or f'versions_{options.vit}'}.json"
-    settings = {name: getattr(options, name) for name in ("vit", "batch", "fraction", "warmup", "steps")}
+    settings = {name: getattr(options, name) for name in ("vit", "batch", "fraction", "warmup", "steps", "turns")}
     runs: list[dict[str, float]] = []
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -147,12 +156,10 @@ def main() -> None:
             raise SystemExit(f"{path} holds runs with other settings: choose another --name.")
         runs = stored["seconds"]
     while len(runs) < options.repeats:
-        seconds = {}
-        for arm in list(arms)[:: 1 if len(runs) % 2 == 0 else -1]:
-            folder = options.old if arms[arm][0] == "old" else options.new
-            seconds[arm] = in_own_process(folder.resolve(), arm)
-            print(f"{arm}: {seconds[arm]:.3f} s", flush=True)
+        folders = {arm: (options.old if arms[arm][0] == "old" else options.new).resolve() for arm in arms}
+        seconds = in_turns(dict(list(folders.items())[:: 1 if len(runs) % 2 == 0 else -1]))
         runs.append({arm: seconds[arm] for arm in arms})
+        print(", ".join(f"{arm} {seconds[arm]:.3f} s" for arm in arms), flush=True)
         print(f"new / old: {seconds[NEW] / seconds[OLD]:.3f}", flush=True)
         result = {"settings": settings, "summary": summary(runs), "seconds": runs}
         write_json(path, {**result, "environment": environment(torch.device("cpu"))})

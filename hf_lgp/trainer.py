@@ -61,7 +61,6 @@ class LGPTrainer(Trainer):
         self._lgp: Session | None = None
         self._lgp_cost = 1.0
         self._lgp_loading: str | None = None
-        self._lgp_exhausted = False
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_RunBegins(self._lgp_begin_run))
@@ -169,7 +168,7 @@ class LGPTrainer(Trainer):
                 raise
             if self.args.auto_find_batch_size:
                 raise
-            reason, self._lgp_exhausted = "memory ran out in its check", True
+            reason = "memory ran out in its check"
         if (reason := session.use(method, reason, trained)) is None:
             return
         if settings.demanded and needed:
@@ -208,7 +207,6 @@ class LGPTrainer(Trainer):
                 self._lgp_settings,
                 model_class=type(self.model).__name__,
                 source=self.hub_model_id,
-                dataset=kwargs.get("dataset"),
             )
         except Exception as error:  # a card is no reason to lose a push
             logger.warning(f"The model card says nothing of predicted gradients: {error}")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from .settings import KERNELS, PREDICTORS, LGPSettings
+
+
+def _setting(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -19,61 +24,35 @@ class LGPTrainingArguments(TrainingArguments):
         ValueError: If an ``lgp_*`` value is out of range; the message says what to change.
     """
 
-    lgp_control_fraction: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit. "
-            "0: choose by measured price, exact steps where nothing pays."
-        },
+    lgp_control_fraction: float = _setting(
+        0.0,
+        "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit. 0: choose by measured price, "
+        "exact steps where nothing pays.",
     )
-    lgp_variance_budget: float = field(
-        default=1.1,
-        metadata={
-            "help": "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. "
-            "0: no limit."
-        },
+    lgp_variance_budget: float = _setting(
+        1.1,
+        "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. 0: no limit.",
     )
-    lgp_exact_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps at the start that are exact before the automatic choice begins: gradients are largest there, and "
-            "Adam remembers their noise. Default: a tenth of the run, 100 at most."
-        },
+    lgp_exact_steps: int | None = _setting(
+        None,
+        "Optimizer steps at the start that are exact before the automatic choice begins: gradients are largest there, and Adam remembers "
+        "their noise. Default: a tenth of the run, 100 at most.",
     )
-    lgp_predictor: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: the row walk where the model's blocks are found and verified, exact steps elsewhere. rows: the same, an "
-            "error elsewhere. linear: the paper's predictor.",
-            "choices": list(PREDICTORS),
-        },
+    lgp_predictor: str = _setting(
+        "auto",
+        "auto: the row walk where the model's blocks are found and verified, exact steps elsewhere. rows: the same, an error elsewhere. "
+        "linear: the paper's predictor.",
+        choices=list(PREDICTORS),
     )
-    lgp_groups: int = field(
-        default=2, metadata={"help": "Means of rows that the row walk follows besides the first row of a sequence."}
+    lgp_groups: int = _setting(2, "Means of rows that the row walk follows besides the first row of a sequence.")
+    lgp_single_rows: int = _setting(2, "Rows that the row walk follows one by one besides these: those asked most.")
+    lgp_seed: int = _setting(0, "Seed of the private random stream that draws control examples; others stay untouched.")
+    lgp_window: int = _setting(2048, "Linear predictor: recent exact examples that it is fitted on.")
+    lgp_rank: int = _setting(16, "Linear predictor: basis vectors per side of a weight matrix.")
+    lgp_kernel: str = _setting(
+        "rbf", "Linear predictor: kernel in the features; linear is the paper's.", choices=list(KERNELS)
     )
-    lgp_single_rows: int = field(
-        default=2, metadata={"help": "Rows that the row walk follows one by one besides these: those asked most."}
-    )
-    lgp_seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed of the private random stream that draws the control examples; other streams stay untouched."
-        },
-    )
-    lgp_window: int = field(
-        default=2048, metadata={"help": "Linear predictor: recent exact examples that it is fitted on."}
-    )
-    lgp_rank: int = field(
-        default=16,
-        metadata={"help": "Linear predictor: basis vectors per side of a weight matrix in which gradients are stored."},
-    )
-    lgp_kernel: str = field(
-        default="rbf",
-        metadata={"help": "Linear predictor: kernel in the features; linear is the paper's.", "choices": list(KERNELS)},
-    )
-    lgp_ridge: float = field(
-        default=0.03, metadata={"help": "Linear predictor: regularisation, relative to the kernel's mean diagonal."}
-    )
+    lgp_ridge: float = _setting(0.03, "Linear predictor: regularisation, relative to the kernel's mean diagonal.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

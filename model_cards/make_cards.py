@@ -22,10 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
-from hf_lgp.report.card_section import duration
-from hf_lgp.report.model_card import TASKS, evaluation_results
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 HERE = Path(__file__).parent
 
@@ -100,9 +97,19 @@ def metadata(name: str, found: ModelCardData, log: list[dict[str, Any]]) -> Mode
     found.datasets = ["uoft-cs/cifar10"] if dataset == "cifar10" else None
     found.base_model = None  # a folder of the same run, which no Hub knows
     found.metrics = ["accuracy"]
-    found.eval_results = evaluation_results(
-        log, *TASKS["ForImageClassification"], "uoft-cs/cifar10" if dataset == "cifar10" else dataset
-    )
+    last = next(entry for entry in reversed(log) if "eval_accuracy" in entry)
+    found.eval_results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type="uoft-cs/cifar10" if dataset == "cifar10" else "unknown",
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=metric.capitalize(),
+            metric_value=last[f"eval_{metric}"],
+        )
+        for metric in ("loss", "accuracy")
+    ]
     return found
 
 
@@ -124,7 +131,7 @@ def with_origin(name: str, text: str) -> str:
 
 def with_run(name: str, text: str, results: dict[str, Any]) -> str:
     """The card's text with the run's command, hardware and time."""
-    seconds = duration(results["metrics"]["train_runtime"])
+    seconds = f"{results['metrics']['train_runtime']:.0f} s"
     lines = [
         "## How it was trained",
         f"```bash\n{results['command']}\n```",
@@ -135,7 +142,7 @@ def with_run(name: str, text: str, results: dict[str, Any]) -> str:
     if other.is_file():
         exact = json.loads(other.read_text(encoding="utf-8"))["metrics"]
         lines.append(
-            f"`Trainer` took {duration(exact['train_runtime'])} on the same machine (`{SAME_TASK[name]}`), and reached an accuracy of "
+            f"`Trainer` took {exact['train_runtime']:.0f} s on the same machine (`{SAME_TASK[name]}`), and reached an accuracy of "
             f"{exact['eval_accuracy']:.4f}; this model reached {results['metrics']['eval_accuracy']:.4f}. One seed each."
         )
     head = "## Linear gradient prediction" if "## Linear gradient prediction" in text else None

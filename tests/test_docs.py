@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from tiny import TinyImages, tiny_vit
 
+import hf_lgp
 from hf_lgp import LGPSettings, LGPTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +23,9 @@ BLOCKS = [
     pytest.param(block, id=f"{path.name}-{number}")
     for path in DOCUMENTS
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
+    if "ViTConfig" not in block  # a whole program has a test of its own
 ]
+OFFLINE = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 RETIRED = re.compile(
     r"lgp_(head|class_path|memory_steps|observe_\w+|refit_steps|basis_steps|warmup_examples|rho2|exact_share|coverage|price)\b"
     r"|HeadNotFoundError|SpliceBypassedError|[Cc]lass[- ]token path|injection\.py|class_path\.py"
@@ -108,3 +114,28 @@ def test_the_readme_fits() -> None:
         lines.index(mark) for mark in ("<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->")
     )
     assert start < end < 40
+
+
+def test_the_program_to_copy_is_short_and_runs_as_printed(tmp_path: Path) -> None:
+    """In an empty folder with nothing but the package; ``make package`` runs it to its end."""
+    readme = DOCUMENTS[0].read_text(encoding="utf-8")
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "ViTConfig" in block)
+    assert len(program.splitlines()) <= 30
+    shorter = program.replace("num_train_epochs=3", "max_steps=2, use_cpu=True").replace("5120", "640")
+    assert shorter.count("max_steps=2") == 1 and "640" in shorter
+    run = [sys.executable, "-c", shorter]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=OFFLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy on images held out: " in done.stdout and "LGPTrainer: all gradients were exact" in done.stderr
+
+
+def test_every_public_name_has_an_entry_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^::: (\S+)", reference, re.M)) == {f"hf_lgp.{name}" for name in hf_lgp.__all__}
+
+
+def test_the_picture_is_what_its_source_draws() -> None:
+    svg, source = (ROOT / "docs" / "images" / name for name in ("one_step.svg", "one_step.py"))
+    words = re.findall(r'"([a-z][^"\\]{6,})"', source.read_text(encoding="utf-8"))
+    shown = [word for word in words if word in svg.read_text(encoding="utf-8")]
+    assert {"a random few", "all others", "exact gradients"} <= set(shown)

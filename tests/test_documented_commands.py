@@ -89,10 +89,11 @@ def named(commands: list[Command]) -> list[object]:
 
 def test_commands_are_found() -> None:
     assert Counter(command.path.name for command in COMMANDS) == {
-        "README.md": 6,
+        "README.md": 7,
         "CONTRIBUTING.md": 1,
         "recipes.md": 9,
         "tuning.md": 1,
+        "demo.py": 1,
         "swap.py": 1,
         "train_text.py": 2,
         "train_vit.py": 3,

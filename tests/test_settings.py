@@ -82,6 +82,7 @@ def test_every_setting_can_be_read_from_arguments() -> None:
         "ridge": 0.5,
         "predictor": "rows",
         "groups": 8,
+        "single_rows": 3,
         "seed": 7,
     }
     settings = LGPSettings.from_arguments(SimpleNamespace(**{f"lgp_{name}": value for name, value in values.items()}))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any
 
 from .._version import __version__
 from ..settings import LGPSettings
-from .citations import BIBTEX
 from .figure import series
 
 _INTRODUCTION = (
@@ -18,6 +18,27 @@ _INTRODUCTION = (
     "exact ones correct the predictions, so the expected gradient is that of plain training "
     "([arXiv 2511.05187](https://arxiv.org/abs/2511.05187))."
 )
+
+
+BIBTEX = f"""\
+@article{{ciosek2025linear,
+  title         = {{Linear Gradient Prediction with Control Variates}},
+  author        = {{Ciosek, Kamil and Felicioni, Nicol{{\\`o}} and {{Elenter Litwin}}, Juan}},
+  year          = {{2025}},
+  journal       = {{arXiv preprint arXiv:2511.05187}},
+  eprint        = {{2511.05187}},
+  archivePrefix = {{arXiv}},
+  url           = {{https://arxiv.org/abs/2511.05187}}
+}}
+
+@software{{hf_lgp,
+  title   = {{hf\\_lgp: linear gradient prediction with control variates for transformers.Trainer}},
+  author  = {{{{The hf\\_lgp contributors}}}},
+  version = {{{__version__}}},
+  license = {{Apache-2.0}}
+}}
+"""
+"""What to cite: the paper whose method this package implements, and the package."""
 
 
 def section(
@@ -54,7 +75,9 @@ def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
         )
     if saved := series(readings, "lgp/seconds_saved")[1]:
         verb = "saved" if saved[-1] >= 0 else "lost"
-        lines.append(f"time {verb} against plain training, as estimated while training: {duration(abs(saved[-1]))}")
+        lines.append(
+            f"time {verb} against plain training, as estimated while training: {timedelta(seconds=round(abs(saved[-1])))} (h:min:s)"
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -72,13 +95,3 @@ def _settings_list(settings: LGPSettings) -> str:
 def number(value: float) -> str:
     """Three significant digits, in plain notation for what is neither tiny nor huge."""
     return f"{value:.3g}" if math.isfinite(value) else "n/a"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as words, in the two largest units that matter."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

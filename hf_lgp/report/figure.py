@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 FIGURE_NAME = "lgp.png"
@@ -44,14 +43,7 @@ def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLi
         axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    target = Path(path)
-    # Whoever uploads the folder meanwhile must not meet half an image; pushes leave out names that start with `_`.
-    unfinished = target.with_name(f"_{target.name}")
-    try:
-        figure.savefig(unfinished)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    figure.savefig(path)
     return True
 
 
