@@ -41,7 +41,7 @@ test-slow: $(STAMP) ## run the longer checks
 
 .PHONY: test-device
 test-device: $(STAMP) ## run training steps on a simulated GPU, which shows every wait for the device; needs g++
-	$(PY) -m pytest -m device tests/device
+	PYTHONPATH=tests/device $(PY) -m pytest -p guard -m device tests/device
 
 .PHONY: commands
 commands: $(STAMP) ## run the commands of README, docs and examples as written, those that need no network
@@ -82,4 +82,4 @@ probe: $(STAMP) ## find out whether predictions pay for the demo's model
 
 .PHONY: docs
 docs: $(STAMP) ## build the documentation's site in site/
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -6,6 +6,7 @@ run sees all examples. A run is a stream of such epochs, so that it has a given 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,10 +39,11 @@ class PrunedStream(torch.utils.data.Sampler[tuple[int, float]]):
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        drawn = 0
+        drawn, whole_from = 0, math.ceil(WHOLE_FROM * self.length)
         while drawn < self.length:
-            pruned = PRUNED if drawn < WHOLE_FROM * self.length else 0.0
-            for pair in epoch_of(self.losses, self.draw, pruned)[: self.length - drawn]:
+            prunes = drawn < whole_from
+            left = (whole_from if prunes else self.length) - drawn  # a pruned epoch ends where the last part begins
+            for pair in epoch_of(self.losses, self.draw, PRUNED if prunes else 0.0)[:left]:
                 drawn += 1
                 yield pair
 

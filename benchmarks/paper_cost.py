@@ -22,6 +22,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "device"))
+import guard  # noqa: F401  # before torch
+import simulated
 import torch
 import torch.nn.functional as F
 from common import RESULTS, VITS, build_vit, write_json
@@ -40,8 +43,6 @@ from hf_lgp.estimator import control_weights
 from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows import groups as row_groups
 from hf_lgp.rows.walk import RowBudget
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "device"))
 
 
 @dataclass(frozen=True)
@@ -329,9 +330,7 @@ def main() -> None:
     parser.add_argument("--name")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    import simulated
-
-    simulated.load(Path(__file__).parents[1] / "build")
+    simulated.believed()
     steps = steps_of(options.vit, options.batch, options.fraction, RowBudget(options.groups, options.single_rows))
     kinds = dict.fromkeys(kind for _, _, kind in steps)
     launches = {kind: len(steps["bf16", options.batch[0], kind][0]) for kind in kinds}

@@ -88,7 +88,7 @@ def headline() -> str | None:
         final, machine = figures["final_accuracy"], result["environment"]
         return (
             f"**{1.0 / figures['total_seconds']['median_ratio']:.1f} times faster at equal epochs, accuracy "
-            f"{with_error(final['difference'], final['standard_error'], '+.1%')}**: {task}, {seeds_of(figures)}, on "
+            f"{with_error(final['difference'], final['standard_error'], '+.1%')} (one standard error)**: {task}, {seeds_of(figures)}, on "
             f"{machine['device']} with {machine['threads']} threads."
         )
     return None
@@ -112,7 +112,7 @@ def time_to_accuracy() -> str | None:
                     f"{target.removeprefix('accuracy of Trainer ')}: {ratio(figures['to_target'][target])}",
                 ]
             )
-    header = ["task", "whole run, in Trainer's time", "Trainer's final accuracy", "LGPTrainer's, against it"]
+    header = ["task", "whole run, in Trainer's time", "Trainer's final accuracy", "accuracy against it"]
     return table([*header, "time to the accuracy that Trainer has"], rows)
 
 
@@ -199,7 +199,7 @@ def baselines() -> str | None:
                 low, high = test.confidence_interval(0.95)
                 mean = statistics.fmean(final["lgp"][seed] - accuracy[seed] for seed in seeds)
                 told = [f"{mean:+.1%} ({low:+.1%} to {high:+.1%})", f"{test.pvalue:.2g}"]
-            mean = f"{statistics.fmean(accuracy.values()):.1%}"
+            mean = f"{statistics.fmean(accuracy[seed] for seed in seeds):.1%}"
             rows.append([f"{task}, {len(seeds)} seeds", NAMES[arm], ratio(arms[arm]["total_seconds"]), mean, *told])
     header = [
         "task",

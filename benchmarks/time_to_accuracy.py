@@ -1,6 +1,6 @@
 """Time to accuracy: plain ``Trainer`` against ``LGPTrainer`` and its ablations on one task, interleaved on one machine.
 
-All arms train the same ViT from the same weights, with the same seeds, batches, augmentation and hyper-parameters. The clock
+All arms train the same ViT from the same weights, with the same seeds, augmentation and hyper-parameters, and, but for the arms that say otherwise, the same batches. The clock
 counts training alone, data loader and the check of the model included, and stands still while the model is evaluated. Every
 run has a process of its own; the order of the arms is reversed at every second seed. Every finished run is saved at once, and a
 second call continues where the first stopped. What the figures mean stands in ``accuracy_summary.py``.
@@ -118,7 +118,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
         max_steps=steps,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.scheduler,
-        warmup_steps=options.warmup_steps,
+        warmup_steps=round(options.warmup_steps * steps / (options.epochs * (len(task.train[0]) // options.batch))),
         logging_steps=max(1, steps // 32),
     )
     watch, load = Watch(task, options, steps), os.getloadavg()[0]

@@ -47,11 +47,9 @@ class RowWalk:
         return spliced(self.stacks, plan, self.how, observed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 def row_walk(
@@ -95,7 +93,6 @@ class LinearMethod:
         return self.predictor.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`."""
         self.predictor.load_state_dict(dict(state))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -117,6 +118,8 @@ class _Probing(LGPTrainer):
     waits: Sequence[float] = ()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.device.type == "cuda":  # or what is waited for is the step before
+            torch.cuda.synchronize(self.args.device)
         began = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
         self.waits = (*self.waits, (time.perf_counter() - began) / max(1, len(samples[0])))
@@ -145,9 +148,9 @@ class _Probing(LGPTrainer):
             raise ValueError("The probe could not predict anything: use a larger `per_device_train_batch_size`.")
         possible = [f for f in FRACTIONS if control_size(controller.size, f) >= 2]
         times = {1.0: exact / plain, **{f: controller.cost(f) * exact / plain for f in possible}}
-        found = ProbeReport(1.0, controller.residual_share, times, plain * self.unit, controller.first_row, budget)
         wait = statistics.median(self.waits[2:] or (0.0,))  # the first batches start the workers
-        found = replace(found, loader_seconds=wait)
+        share, unit = controller.residual_share, plain * self.unit
+        found = ProbeReport(1.0, share, times, unit, controller.first_row, budget, loader_seconds=wait)
         return replace(found, fraction=found.best(budget))
 
 
@@ -158,17 +161,13 @@ def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples:
         return plan
     if controller.seen < 2 * PERIOD or not method.ready:
         return StepPlan(first_row=method.has_first_row and controller.seen % 2 == 1)
-    if not _is_timed(controller):
+    if len(controller.times.get(key_of(_trial(controller)), ())) < _TIMES:
         return replace(_trial(controller), seed=controller.seen)
     return StepPlan(measure=GROUPS, first_row=controller.first_row)
 
 
 def _trial(controller: Controller) -> StepPlan:
     return StepPlan(0.25 if control_size(controller.size, 0.25) >= 2 else 0.5, first_row=controller.first_row)
-
-
-def _is_timed(controller: Controller) -> bool:
-    return len(controller.times.get(key_of(_trial(controller)), ())) >= _TIMES if controller.size else False
 
 
 def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:

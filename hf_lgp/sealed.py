@@ -31,13 +31,15 @@ class Sealed(Tensor):
     @classmethod
     def of(cls, like: Tensor) -> Sealed:
         """A sealed tensor of the same shape, dtype and device; it takes no memory."""
-        return like.new_empty(()).expand(like.shape).as_subclass(cls)
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKED_AT:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise SpliceError(f"what its blocks hand to one another is read elsewhere, by `{func.__name__}`")
+
+    __torch_dispatch__ = __torch_function__
 
 
 _ROW_BY_ROW: set[Any] = {F.layer_norm, F.rms_norm, F.dropout, F.linear, Tensor.to, Tensor.float, Tensor.type_as}

@@ -58,6 +58,7 @@ class Session:
         self._staged: tuple[list[_Reading], Tensor, Any] | None = None
         self._position = (-1, 0)
         self._learnt: Mapping[str, Tensor] | None = None
+        self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 
     @property
     def rules(self) -> Rules:
@@ -144,7 +145,9 @@ class Session:
         """All numbers of some readings as one vector."""
         units = [r.lap.seconds() / r.size for r in readings]
         spreads = [torch.cat([s.residual, s.total]) for r in readings for s in r.spreads]
-        return torch.cat([torch.tensor(units, dtype=torch.float32, device=self.device), *spreads])
+        pinned = self.device.type == "cuda"  # or the copy would wait
+        times = torch.empty(len(units), pin_memory=pinned).copy_(torch.tensor(units))
+        return torch.cat([times.to(self.device, non_blocking=True), *spreads])
 
     def _absorb(self, readings: list[_Reading], numbers: Tensor) -> None:
         values, controller = numbers.tolist(), self.controller
@@ -186,6 +189,11 @@ class Session:
         counts = {"steps_predicted": self.steps, "examples_predicted": self.examples}
         return {name: round(count["predicted"] / sum(count.values()), 6) for name, count in counts.items()}
 
+    @property
+    def saved(self) -> float | None:
+        """Estimated seconds that this run has saved since it began or went on; None where nothing tells."""
+        return None if self.controller.seconds(StepPlan()) is None else self.controller.saved - self._saved_before
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""
         self._absorb_staged()
@@ -201,7 +209,7 @@ class Session:
         Raises:
             KeyError, TypeError: If the state is another version's.
         """
+        counts = [{name: int(numbers[kind][name]) for name in self.steps} for kind in ("steps", "examples")]
         self.controller = Controller.from_state_dict(numbers["controller"])
-        self.steps = {name: int(numbers["steps"][name]) for name in self.steps}
-        self.examples = {name: int(numbers["examples"][name]) for name in self.examples}
-        self._learnt = tensors
+        self.steps, self.examples = counts
+        self._learnt, self._saved_before = tensors, self.controller.saved

@@ -23,7 +23,7 @@ class LGPSettings:
         exact_steps: Exact optimizer steps before a fraction is chosen; None: a tenth of the run, 100 at most.
         predictor: ``rows``: the row walk, an error where it is not possible; ``auto``: exact there; ``linear``: the paper's.
         groups: ``K``, means of rows that the row walk follows besides the first row.
-        single_rows: ``R``, rows that it follows one by one besides these: those asked most.
+        single_rows: ``R``, rows that it follows one by one besides these: those with the largest gradients.
         seed: Of the private random stream that draws the control examples.
         window: Linear predictor: recent exact examples that it is fitted on.
         rank: Linear predictor: basis vectors per side of a weight matrix.

@@ -50,11 +50,8 @@ def _finite_or_none_at_all(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The predictions, or zeros for all where one is not finite: control examples have their exact gradients. Nothing waits for the device."""
     there = [g for g in (of_h0, *of_parameters) if g is not None]
-    finite = (
-        torch.stack(torch._foreach_norm(there, dtype=torch.promote_types(there[0].dtype, torch.float32)))
-        .isfinite()
-        .all()
-    )
+    norms = torch._foreach_norm(there, dtype=torch.promote_types(there[0].dtype, torch.float32))
+    finite = torch.stack(norms).isfinite().all()
     of_h0, *of_parameters = (None if g is None else g.where(finite, 0.0) for g in (of_h0, *of_parameters))
     return of_h0, of_parameters
 

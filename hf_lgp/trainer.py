@@ -186,13 +186,13 @@ class LGPTrainer(Trainer):
         """Log as ``Trainer`` does, with ``lgp/*`` readings beside every training loss, and a line that sums them up at the end."""
         session, ended = self._lgp, "train_runtime" in logs
         if session is not None and ("loss" in logs or ended):
-            figures = session.figures() | (session.shares() if ended else {})
-            logs.update(readings(figures))
+            figures, shares = session.figures(), session.shares() if ended else {}
+            logs.update(readings(figures | shares))
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.set_postfix_str(postfix(figures), refresh=False)
             if ended and self.is_world_process_zero():
-                logger.info(summary(figures, logs["train_runtime"], session.refused))
+                logger.info(summary(shares, logs["train_runtime"], session.saved, session.refused))
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -26,8 +26,8 @@ class LGPTrainingArguments(TrainingArguments):
 
     lgp_control_fraction: float = _setting(
         0.0,
-        "Share of every micro-batch that gets exact gradients, in (0, 1]. 1 is plain Trainer, bit for bit. 0: choose by measured price, "
-        "exact steps where nothing pays.",
+        "Share of every micro-batch that gets exact gradients. 0 chooses it while training, and trains exactly where nothing pays; 1 is plain "
+        "Trainer, bit for bit.",
     )
     lgp_variance_budget: float = _setting(
         1.1,
@@ -45,7 +45,9 @@ class LGPTrainingArguments(TrainingArguments):
         choices=list(PREDICTORS),
     )
     lgp_groups: int = _setting(2, "Means of rows that the row walk follows besides the first row of a sequence.")
-    lgp_single_rows: int = _setting(2, "Rows that the row walk follows one by one besides these: those asked most.")
+    lgp_single_rows: int = _setting(
+        2, "Rows that it follows one by one besides these: those with the largest gradients."
+    )
     lgp_seed: int = _setting(0, "Seed of the private random stream that draws control examples; others stay untouched.")
     lgp_window: int = _setting(2048, "Linear predictor: recent exact examples that it is fitted on.")
     lgp_rank: int = _setting(16, "Linear predictor: basis vectors per side of a weight matrix.")

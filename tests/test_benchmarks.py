@@ -21,7 +21,7 @@ import tables  # noqa: E402
 import versions  # noqa: E402
 from accuracy_summary import summarise  # noqa: E402
 from accuracy_tasks import Task  # noqa: E402
-from common import build_vit, random_images, thinned, write_json  # noqa: E402
+from common import build_vit, environment, random_images, thinned, write_json  # noqa: E402
 from infobatch import epoch_of  # noqa: E402
 from time_to_accuracy import argument_parser, run_cell  # noqa: E402
 
@@ -46,7 +46,12 @@ def result() -> dict[str, Any]:
     options = argument_parser("", ["scratch"]).parse_args(arguments.split())
     cells = [run_cell(options, digits_like(64), arm, 0) for arm in ("trainer", "lgp", "quarter", "compressed")]
     settings = {name: getattr(options, name) for name in ("task", "vit", "images", "epochs", "bf16")}
-    return {"settings": settings, "summary": summarise(cells, [1, 2], options.epochs, options.batch), "cells": cells}
+    return {
+        "settings": settings,
+        "summary": summarise(cells, [1, 2], options.epochs, options.batch),
+        "cells": cells,
+        "environment": environment(torch.device("cpu")),
+    }
 
 
 def test_arms_train_and_count_their_steps(result: dict[str, Any]) -> None:
@@ -157,7 +162,7 @@ def test_moments_are_variances_and_covariances() -> None:
 
 
 def test_whole_steps_are_timed() -> None:
-    options = argparse.Namespace(vit=VIT, batch=8, warmup=1, steps=2)
+    options = argparse.Namespace(vit=VIT, batch=8, warmup=1, steps=2, turns=0.0)
     for settings in ({}, {"lgp_control_fraction": 0.25}):
         assert versions.seconds_per_step(options, settings) > 0
 

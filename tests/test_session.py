@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> Non
     second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
     second.use(method, None)
     assert plans + run(second, stop, 100) == expected and "window" in method.loaded
-    assert second.steps == straight.steps
+    assert (second.steps, second.examples) == (straight.steps, straight.examples)
     one, other = straight.controller, second.controller
     assert (one.seen, one.residual, one.total, one.measurements) == (
         other.seen,
@@ -126,3 +126,21 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> Non
 def test_the_state_of_another_version_is_refused() -> None:
     with pytest.raises(KeyError):
         Session(LGPSettings(), 4, CPU).load_state_dict({}, {"seen": 3, "lookout": {}})
+
+
+def test_a_state_that_lacks_something_leaves_nothing_of_itself() -> None:
+    first, _ = session_of(control_fraction=0.25)
+    run(first, 0, 20)
+    numbers = first.state_dict()[1]
+    del numbers["examples"]
+    second, _ = session_of(control_fraction=0.25)
+    with pytest.raises(KeyError):
+        second.load_state_dict({}, numbers)
+    assert second.controller.seen == 0 and sum(second.steps.values()) == 0
+
+
+def test_shares_of_a_run_are_told_once_something_was_predicted() -> None:
+    session, _ = session_of(control_fraction=0.25)
+    assert session.shares() == {}
+    run(session, 0, 8)
+    assert session.shares() == {"steps_predicted": 1.0, "examples_predicted": 0.75}

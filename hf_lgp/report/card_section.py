@@ -38,7 +38,6 @@ BIBTEX = f"""\
   license = {{Apache-2.0}}
 }}
 """
-"""What to cite: the paper whose method this package implements, and the package."""
 
 
 def section(

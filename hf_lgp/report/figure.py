@@ -36,13 +36,12 @@ def draw_history(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLi
     upper.set_ylabel("loss")
     lower.step(*fraction, where="post", color=_FRACTION, linewidth=1.2, label="control fraction")
     lower.plot(*rho2, color=_RHO2, marker=".", markersize=4, linewidth=1.0, label="variance explained")
-    lower.set_ylim(min(0.0, 0.0, *rho2[1]) - 0.03, 1.03)
+    lower.set_ylim(min(0.0, *rho2[1]) - 0.03, 1.03)
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return True
 

@@ -43,14 +43,16 @@ def postfix(figures: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def summary(figures: Mapping[str, float], seconds: float, refused: str | None) -> str:
-    """One line for a person at the end of a run."""
-    if refused is not None:
-        return f"LGPTrainer: all gradients were exact, because {refused}."
-    if "examples_predicted" not in figures:
-        return "LGPTrainer: all gradients were exact; predicting them would not have paid here."
-    line = f"LGPTrainer: {figures['examples_predicted']:.0%} of examples had predicted gradients"
-    saved = figures.get("seconds_saved")
+def summary(shares: Mapping[str, float], seconds: float, saved: float | None, refused: str | None) -> str:
+    """One line for a person at the end of a run that took so many seconds and saved so many."""
+    if not shares:
+        why = (
+            f", because {refused}"
+            if refused is not None
+            else "; predictions did not pay, or the run was too short to tell"
+        )
+        return f"LGPTrainer: all gradients were exact{why}."
+    line = f"LGPTrainer: {shares['examples_predicted']:.0%} of examples had predicted gradients"
     if saved is None:
         return f"{line}."
     verb, share = ("less", saved) if saved >= 0 else ("more", -saved)

@@ -58,9 +58,7 @@ def extend_card(
     )
     card.text = card.text.replace(_NO_BASE, "was trained from scratch on")
     block = f"{_START}\n\n{text}\n\n{_END}"
-    if _SECTION.search(card.text):
-        card.text = _SECTION.sub(lambda _: block, card.text)
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{block}\n"
+    replaced, count = _SECTION.subn(lambda _: block, card.text)
+    card.text = replaced if count else f"{card.text.rstrip()}\n\n{block}\n"
     card.save(path)
     return True

@@ -12,12 +12,12 @@ _SMALL = 1e-20
 """What a row counts that nothing was asked of: where that holds for a whole group, its rows count alike."""
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4096)  # every length that a run meets
 def _patterns(length: int, bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``bits`` square waves of 1, 2, ... periods along the sequence, centred, 0 at the first row: shape ``(bits, length)``."""
-    at = torch.arange(length - 1, dtype=torch.float64) / (length - 1)
+    at = torch.arange(length - 1, dtype=torch.float32, device=device) / (length - 1)
     waves = torch.stack([(at * 2 * torch.pi * (bit + 1) + 0.1).sin().sign() for bit in range(bits)])
-    return F.pad(waves - waves.mean(1, keepdim=True), (1, 0)).to(device=device, dtype=dtype)
+    return F.pad(waves - waves.mean(1, keepdim=True), (1, 0)).to(dtype)
 
 
 def group_rows(hidden: Tensor, groups: int) -> Tensor:
@@ -63,7 +63,7 @@ def row_weights(member: Tensor, asked: Tensor) -> Tensor:
     """How much of its group's row each row is: in proportion to what it was asked so far.
 
     Args:
-        member: Membership, shape ``(m, T, 1 + K)``.
+        member: Membership, shape ``(m, T, S)``.
         asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit.
     """
     return F.normalize(member * (asked + _SMALL), p=1.0, dim=1, eps=1e-30)

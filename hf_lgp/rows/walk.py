@@ -1,7 +1,7 @@
 """The walk: from the last block to the first, each block itself is called on a few rows while its attention reads all rows.
 
-At each block ``S = 1 + R + K`` rows per example are followed: the first row, the ``R`` rows that were asked most so far, each by itself, and ``K`` means
-of groups of the others. Autograd gives the gradients of the block's parameters, of the followed rows, and of the rows that attention reads. A group's
+At each block ``S = 1 + K + R`` rows per example are followed: the first row, ``K`` means of groups of the others, and the ``R`` rows that were
+asked most so far, each by itself. Autograd gives the gradients of the block's parameters, of the followed rows, and of the rows that attention reads. A group's
 gradient is the sum over its rows; the row that stands for it is their mean, weighted by what each was asked so far.
 """
 
@@ -45,7 +45,8 @@ def walk(
     of_block = [[p for p in part.block.parameters() if id(p) in wanted] for part in parts]
     first = 0 if needs_input else next(i for i, own in enumerate(of_block) if own)
     groups = group_rows(notes[min(1, len(notes) - 1)].hidden, budget.groups)
-    asked = delta.norm(dim=-1, keepdim=True)
+    wide = torch.promote_types(delta.dtype, torch.float32)  # ranks must not depend on a weight's rounding
+    asked = delta.norm(dim=-1, keepdim=True, dtype=wide)
     sums: dict[int, Tensor] = {}  # by parameter: blocks may share some
     for i in reversed(range(first, len(parts))):
         member = follow_singly(groups, asked, budget.singly)
@@ -58,7 +59,7 @@ def walk(
         if i == first and not needs_input:
             break
         delta = torch.baddbmm(of_hidden, weights.to(of_rows.dtype), of_rows)
-        asked = asked + of_hidden.norm(dim=-1, keepdim=True)
+        asked = asked + of_hidden.norm(dim=-1, keepdim=True, dtype=wide)
     return delta if needs_input else None, [sums.get(id(p)) for p in parameters]
 
 

@@ -1,13 +1,11 @@
 """A GPU that is not there: tensors that say ``cuda:0`` and hold CPU data, and a record of what would make the host wait for the device.
 
 Every operation on such tensors passes :func:`_dispatch`, which runs it on the data and notes synchronisations, copies between devices and mixes of devices, each
-with the line of the package that caused it. :func:`load` compiles ``guard.cpp`` and changes torch for the whole process.
+with the line of the package that caused it. :func:`believed` changes torch for the whole process.
 """
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,7 +145,10 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if wanted is not None:
         own["device"] = CPU
     own.pop("pin_memory", None)
-    out = func(*tree_map(_held, args), **own)
+    given = tree_map(_held, args)
+    if name == "_softmax" and given[2]:  # in float32 of half precision, which a CPU does not know
+        given = given[0].float(), given[1], False
+    out = func(*given, **own)
     if kwargs.get("pin_memory"):
         _PINNED.add(out.untyped_storage().data_ptr())
     arguments = func._schema.arguments
@@ -194,18 +195,8 @@ class Mark:
         return float(other.at - self.at)
 
 
-def load(folder: Path) -> None:
-    """Compile the guard into a folder, unless it is there, and make torch believe in the device."""
-    from torch.utils.cpp_extension import include_paths
-
-    library = folder / f"guard-{torch.__version__}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        source = Path(__file__).with_name("guard.cpp")
-        includes = [f"-I{path}" for path in include_paths()]
-        command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", *includes, str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-    ctypes.CDLL(str(library))
+def believed() -> None:
+    """Make torch believe in the device, for the whole process; ``guard`` was imported before torch."""
     changes: dict[Any, dict[str, Callable[..., Any]]] = {
         torch.cuda: {
             "_lazy_init": lambda: None,
@@ -218,12 +209,20 @@ def load(folder: Path) -> None:
             "Event": Mark,
         },
         torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
-        torch.Tensor: {"pin_memory": _pin},
+        # Rows that may only be read in part hold values, which a wrapper cannot do once more: a check of its own sees to them.
+        torch.Tensor: {"pin_memory": _pin, "as_subclass": _as_subclass},
     }
     for owner, names in changes.items():
         for name, value in names.items():
             setattr(owner, name, value)
     torch._C._set_only_lift_cpu_tensors(True)
+
+
+_usual_as_subclass = torch.Tensor.as_subclass
+
+
+def _as_subclass(tensor: Tensor, kind: type[Tensor]) -> Tensor:
+    return tensor if isinstance(tensor, OnCuda) else _usual_as_subclass(tensor, kind)
 
 
 def _saved(name: str) -> Tensor:
