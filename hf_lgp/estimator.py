@@ -37,9 +37,9 @@ def control_scale(examples: int, controls: int) -> float:
 @lru_cache(maxsize=32)
 def control_weights(examples: int, controls: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Weights ``w_i = 1 - (m / m_c) [i in S]`` of the predictions, control examples first; shape ``(m,)``."""
-    weights = torch.ones(examples, dtype=dtype)
+    weights = torch.ones(examples, dtype=dtype, device=device)
     weights[:controls] -= control_scale(examples, controls)
-    return weights.to(device)
+    return weights
 
 
 def relative_variance(fraction: float, residual_share: float) -> float:

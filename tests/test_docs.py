@@ -72,22 +72,28 @@ def test_every_document_is_linked_from_the_readme() -> None:
         assert f"]({path.relative_to(ROOT)})" in readme, path.name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tuning.md"])
-def test_every_argument_is_documented(name: str) -> None:
-    text, default = (ROOT / name).read_text(encoding="utf-8"), LGPSettings()
+def test_every_argument_is_documented() -> None:
+    text, default = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8"), LGPSettings()
     for setting in fields(LGPSettings):
         assert f"`lgp_{setting.name}`" in text, setting.name
-        if name == "README.md" and setting.name != "exact_steps":
+        if setting.name != "exact_steps":
             value = getattr(default, setting.name)
             shown = f"`{value}`" if isinstance(value, str) else f"{value:g}"
             assert f"| `lgp_{setting.name}` | {shown} |" in text, "the default in the table is another one"
     assert set(re.findall(r"`lgp_(\w+)`", text)) <= {setting.name for setting in fields(LGPSettings)}
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tuning.md"])
-def test_log_keys_are_documented(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    for key in ("fraction", "variance_explained", "variance", "step_time", "seconds_saved"):
+def test_log_keys_are_documented() -> None:
+    text = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    predicted = (
+        "variance_explained",
+        "variance",
+        "step_time",
+        "seconds_saved",
+        "steps_predicted",
+        "examples_predicted",
+    )
+    for key in ("fraction", *predicted):
         assert f"`lgp/{key}`" in text, key
 
 
@@ -109,7 +115,7 @@ def test_files_and_names_in_code_marks_exist(path: Path) -> None:
 
 def test_the_readme_fits() -> None:
     lines = DOCUMENTS[0].read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 150
+    assert len(lines) < 150
     start, end = (
         lines.index(mark) for mark in ("<!-- tables: benchmarks/tables.py --write -->", "<!-- end of tables -->")
     )
