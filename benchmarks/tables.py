@@ -260,7 +260,16 @@ def versions() -> str | None:
 
 TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [headline, baselines],
-    "docs/measurements.md": [time_to_accuracy, no_gain, baselines, arms, equal_epochs, predictability, step_cost, versions],
+    "docs/measurements.md": [
+        time_to_accuracy,
+        no_gain,
+        baselines,
+        arms,
+        equal_epochs,
+        predictability,
+        step_cost,
+        versions,
+    ],
 }
 
 

@@ -45,15 +45,14 @@ def postfix(figures: Mapping[str, float]) -> str:
 
 def summary(shares: Mapping[str, float], seconds: float, saved: float | None, refused: str | None) -> str:
     """One line for a person at the end of a run that took so many seconds and saved so many."""
-    if not shares:
+    if shares:
+        line = f"LGPTrainer: {shares['examples_predicted']:.0%} of examples had predicted gradients"
+    else:
         why = (
-            f", because {refused}"
-            if refused is not None
-            else "; predictions did not pay, or the run was too short to tell"
+            "; predictions did not pay, or the run was too short to tell" if refused is None else f", because {refused}"
         )
-        return f"LGPTrainer: all gradients were exact{why}."
-    line = f"LGPTrainer: {shares['examples_predicted']:.0%} of examples had predicted gradients"
-    if saved is None:
+        line = f"LGPTrainer: all gradients were exact{why}"
+    share = 0.0 if saved is None else saved / max(1e-9, seconds + saved)
+    if abs(share) < 0.005:
         return f"{line}."
-    verb, share = ("less", saved) if saved >= 0 else ("more", -saved)
-    return f"{line}; estimated {share / max(1e-9, seconds + saved):.0%} {verb} time than Trainer at equal steps."
+    return f"{line}; estimated {abs(share):.0%} {'less' if share > 0 else 'more'} time than Trainer at equal steps."
