@@ -54,8 +54,8 @@ def follow_singly(member: Tensor, asked: Tensor, rows: int) -> Tensor:
     rows = min(rows, member.shape[1] - 1)
     if rows == 0:
         return member
-    most = 1 + asked[:, 1:, 0].topk(rows, dim=1).indices
-    single = member.new_zeros(len(member), member.shape[1], rows).scatter_(1, most[:, None], 1.0)
+    single = member.new_zeros(len(member), member.shape[1], rows)
+    single[:, 1:].scatter_(1, asked[:, 1:, 0].topk(rows, dim=1).indices[:, None], 1.0)
     return torch.cat([member * (1.0 - single.sum(-1, keepdim=True)), single], -1)
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
     """A layer norm's output of rows ``(m, T, D)``, and the scale ``1 / sigma`` of each, ``(m, T, 1)``, without a graph."""
-    if torch.is_autocast_enabled(rows.device.type):  # which knows `layer_norm` alone
+    if rows.dtype.itemsize < 4 and torch.is_autocast_enabled(rows.device.type):  # whose dtype for the output is its own
         with torch.no_grad():
-            wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            scale = (wide.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+            scale = torch.native_layer_norm(rows.float(), norm.normalized_shape, None, None, norm.eps)[2]
         return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps), scale
     out, _, scale = torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return out, scale.detach()
@@ -23,11 +22,9 @@ def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def norm_of_means(norm: nn.LayerNorm, rows: Tensor, scale: Tensor) -> Tensor:
     """The layer norm of mean rows ``(m, S, D)`` at ``scale (m, S, 1)``, the weighted mean of ``1 / sigma`` of the rows they stand for."""
-    normal = F.layer_norm(rows, norm.normalized_shape, None, None, norm.eps)
-    with torch.no_grad():
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        ratio = scale * (wide.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-    normal = normal * ratio.to(normal.dtype)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    normal, _, own = torch.native_layer_norm(wide, norm.normalized_shape, None, None, norm.eps)
+    normal = (normal * (scale / own.detach())).to(rows.dtype)
     if norm.weight is None:
         return normal
     return normal * norm.weight if norm.bias is None else torch.addcmul(norm.bias, normal, norm.weight)

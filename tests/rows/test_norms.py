@@ -33,10 +33,11 @@ def test_the_mean_of_rows_gets_the_mean_of_their_scales() -> None:
     torch.testing.assert_close(norm_of_means(norm, mean, scale.mean(1, keepdim=True)), expected)
 
 
-def test_under_autocast_the_scale_is_that_of_float32() -> None:
-    norm, rows = nn.LayerNorm(6), torch.randn(2, 5, 6)
-    expected = noted_norm(norm, rows)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_output_is_the_models_own_and_the_scale_float32(dtype: torch.dtype) -> None:
+    norm, rows = nn.LayerNorm(6), torch.randn(2, 5, 6).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = noted_norm(norm, rows)
-    torch.testing.assert_close(found[1], expected[1])
-    torch.testing.assert_close(found[0].float(), expected[0], rtol=0.02, atol=0.02)
+        out, scale = noted_norm(norm, rows)
+        assert torch.equal(out, norm(rows)) and out.dtype == norm(rows).dtype
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale, (rows.float().var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt())
