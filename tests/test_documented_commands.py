@@ -40,7 +40,7 @@ NEEDS = {
 """What a command needs beyond a fresh environment, by what stands in it; the text around it has to say so."""
 
 ELSEWHERE = re.compile(
-    r"pip install \S.*|make (venv|help|lint|test|lint types test|test-slow|test-device|commands|docs|package)|bash \.ci/(run|versions)"
+    r"pip install \S.*|make (venv|help|lint|test|lint types test|test-slow|test-device|commands|docs|package|versions)|bash \.ci/(run|versions)"
 )
 """Commands that set the environment up, are this test suite, or take an environment of their own."""
 
