@@ -61,6 +61,7 @@ class LGPTrainer(Trainer):
         self._lgp: Session | None = None
         self._lgp_cost = 1.0
         self._lgp_loading: str | None = None
+        self._lgp_exhausted = False  # whether memory ran out in the check of the model
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_RunBegins(self._lgp_begin_run))
@@ -168,7 +169,7 @@ class LGPTrainer(Trainer):
                 raise
             if self.args.auto_find_batch_size:
                 raise
-            reason = "memory ran out in its check"
+            reason, self._lgp_exhausted = "memory ran out in its check", True
         if (reason := session.use(method, reason, trained)) is None:
             return
         if settings.demanded and needed:
