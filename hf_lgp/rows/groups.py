@@ -52,8 +52,6 @@ def follow_singly(member: Tensor, asked: Tensor, rows: int) -> Tensor:
         rows: How many to take out of their groups; the first row is one already.
     """
     rows = min(rows, member.shape[1] - 1)
-    if rows == 0:
-        return member
     single = member.new_zeros(len(member), member.shape[1], rows)
     single[:, 1:].scatter_(1, asked[:, 1:, 0].topk(rows, dim=1).indices[:, None], 1.0)
     return torch.cat([member * (1.0 - single.sum(-1, keepdim=True)), single], -1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .block import run_rows
 from .groups import follow_singly, group_rows, row_weights
+from .norms import norm_of_means, noted_norm
 from .notes import BlockNotes
 from .parts import BlockParts, Intercept
 
@@ -58,8 +59,8 @@ def walk(
                 sums[id(parameter)] = sums[id(parameter)] + gradient if id(parameter) in sums else gradient
         if i == first and not needs_input:
             break
-        delta = torch.baddbmm(of_hidden, weights.to(of_rows.dtype), of_rows)
         asked = asked + of_hidden.norm(dim=-1, keepdim=True, dtype=wide)
+        delta = of_hidden.baddbmm_(weights.to(of_hidden.dtype), of_rows.to(of_hidden.dtype))
     return delta if needs_input else None, [sums.get(id(p)) for p in parameters]
 
 
@@ -76,8 +77,13 @@ def _walk_block(
     turned = weights.mT.to(hidden.dtype)
     with torch.enable_grad():
         rows = (turned @ notes.hidden).requires_grad_()
-        x = hidden if parts.front is None else parts.front(hidden)
-        normal = None if parts.front is None else turned.to(x.dtype) @ x
+        x, normal = hidden, None
+        if isinstance(parts.front, nn.LayerNorm):
+            x, scale = noted_norm(parts.front, hidden)
+            normal = norm_of_means(parts.front, rows, turned.to(scale.dtype) @ scale)
+        elif parts.front is not None:
+            x = parts.front(hidden)
+            normal = turned.to(x.dtype) @ x
         out = run_rows(parts, notes, x, rows, normal, weights, intercept)
         out = out[0] if isinstance(out, tuple) else out
     of_rows, of_hidden, *own = torch.autograd.grad(
