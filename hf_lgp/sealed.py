@@ -39,7 +39,7 @@ class Sealed(Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})
         raise SpliceError(f"what its blocks hand to one another is read elsewhere, by `{func.__name__}`")
 
-    __torch_dispatch__ = __torch_function__
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
 
 
 _ROW_BY_ROW: set[Any] = {F.layer_norm, F.rms_norm, F.dropout, F.linear, Tensor.to, Tensor.float, Tensor.type_as}
