@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -222,7 +223,7 @@ _usual_as_subclass = torch.Tensor.as_subclass
 
 
 def _as_subclass(tensor: Tensor, kind: type[Tensor]) -> Tensor:
-    return tensor if isinstance(tensor, OnCuda) else _usual_as_subclass(tensor, kind)
+    return tensor if isinstance(tensor, (OnCuda, FakeTensor)) else _usual_as_subclass(tensor, kind)
 
 
 def _saved(name: str) -> Tensor:
