@@ -43,8 +43,8 @@ NAMES = {
     "early": "automatic, predictions from the start",
     "means-only": "automatic, no rows by themselves",
     "linear": "automatic, the paper's predictor",
-    "compressed": "`Trainer`, schedule compressed to LGPTrainer's time",
-    "small-batch": "`Trainer`, a quarter of the batch, in LGPTrainer's time",
-    "infobatch": "`Trainer` with InfoBatch, in LGPTrainer's time",
+    "compressed": "`Trainer`, schedule compressed to about LGPTrainer's time",
+    "small-batch": "`Trainer`, a quarter of the batch, in about LGPTrainer's time",
+    "infobatch": "`Trainer` with InfoBatch, in about LGPTrainer's time",
 }
 """What tables call them."""

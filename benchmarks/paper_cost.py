@@ -29,7 +29,7 @@ import simulated
 import torch
 import torch.nn.functional as F
 from common import RESULTS, VITS, build_vit, write_json
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,10 +70,7 @@ GPUS = {
 }
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-NO_KERNEL = {
-    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "detach_", "alias"),
-    *("lift_fresh", "_unsafe_view", "resize_", "requires_grad_", "is_pinned"),
-}
+NO_KERNEL = simulated.NO_KERNEL | {"detach_", "requires_grad_"}
 WRITES_ONLY = {
     *("zero_", "fill_", "zeros", "ones", "zeros_like", "ones_like", "new_zeros", "new_ones", "full", "full_like"),
     *("arange", "scalar_tensor"),
@@ -229,17 +226,6 @@ def _attention(dtype: str) -> Callable[..., Tensor]:
     return attend
 
 
-def on_paper(model: nn.Module) -> None:
-    """Move a model's tensors to the device, under a fake mode."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cuda"))
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = torch.empty_like(b, device="cuda")
-
-
 @contextlib.contextmanager
 def phases(trace: Trace) -> Iterator[None]:
     """A context in which the walk is told apart from the rest of a step."""
@@ -293,7 +279,7 @@ def steps_of(vit: str, batches: list[int], fraction: float, budget: RowBudget) -
         cached.cache_clear()
     steps: dict[str, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        on_paper(model.train())
+        simulated.moved(model.train(), lambda t: torch.empty_like(t, device="cuda"))
         for dtype in sorted({gpu.dtype for gpu in GPUS.values()}):
             F.scaled_dot_product_attention = _attention(dtype)
             for batch in batches:

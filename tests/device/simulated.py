@@ -231,13 +231,13 @@ def _saved(name: str) -> Tensor:
     return torch.zeros(16, dtype=torch.uint8)
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """The model with its parameters and buffers on the device."""
+def moved(model: nn.Module, place: Callable[[Tensor], Tensor] = lambda t: OnCuda(t.detach().clone())) -> nn.Module:
+    """The model with its parameters and buffers where ``place`` puts them: by default on the device."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(OnCuda(p.detach().clone()), requires_grad=p.requires_grad)
+                module._parameters[name] = nn.Parameter(place(p), requires_grad=p.requires_grad)
         for name, b in module._buffers.items():
             if b is not None:
-                module._buffers[name] = OnCuda(b.detach().clone())
+                module._buffers[name] = place(b)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,15 +27,6 @@ def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, *
     """Attention in one launch, as a GPU has it."""
     assert attn_mask is None
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-
-
-@pytest.fixture(scope="module")
-def cuda() -> Iterator[Any]:
-    import simulated
-
-    simulated.believed()
-    with simulated.Simulated():
-        yield simulated
 
 
 @pytest.mark.parametrize("kind", list(MOST))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,15 +27,6 @@ PLANS = {
     "measuring": StepPlan(1.0, measure=8, first_row=True, seed=3),
     "predicted and measuring": StepPlan(0.5, measure=4, first_row=True, seed=4),
 }
-
-
-@pytest.fixture(scope="module")
-def cuda() -> Iterator[Any]:
-    import simulated
-
-    simulated.believed()
-    with simulated.Simulated():
-        yield simulated
 
 
 def on_device(cuda: Any, dropout: float = 0.0) -> tuple[Any, RowWalk, dict[str, Any]]:
