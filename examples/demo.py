@@ -118,7 +118,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(name: str, options: argparse.Namespace, seed: int) -> Run:
-    """Train once; what LGPTrainer trained is saved."""
+    """Train once; what LGPTrainer trained is saved with its card."""
     print(f"\n{name}, {options.epochs} epochs", flush=True)
     run = Run(name)
     set_seed(seed)
@@ -149,6 +149,7 @@ def train(name: str, options: argparse.Namespace, seed: int) -> Run:
     run.predicted_examples = metrics.get("lgp/examples_predicted", 0.0)
     if name == "LGPTrainer":
         trainer.save_model()
+        trainer.create_model_card()
     return run
 
 
@@ -158,7 +159,7 @@ def table(runs: list[Run]) -> str:
         {
             "": run.trainer,
             "training time": f"{run.seconds:.0f} s",
-            "accuracy": f"{run.accuracies[-1]:.1%}",
+            "held-out accuracy": f"{run.accuracies[-1]:.1%}",
             "predicted steps": f"{run.predicted_steps:.0%}",
             "gradients backpropagated": f"{1.0 - run.predicted_examples:.0%}",
         }
