@@ -28,7 +28,7 @@ from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows.block import noting
 from hf_lgp.rows.notes import BlockNotes
 from hf_lgp.rows.parts import BlockParts, forward_replaced
-from hf_lgp.rows.walk import RowBudget, walk
+from hf_lgp.rows.walk import RowBudget, summed, walk
 
 Gradients = dict[str, Tensor]
 
@@ -107,7 +107,8 @@ def predicted_gradients(
     delta, *behind = torch.autograd.grad(loss, [left[-1], *named.values()], allow_unused=True)
     predictions = {}
     for budget in budgets:
-        of_h0, of_parameters = walk(parts, notes, delta, inside, budget, True, intercepted_attention)
+        steps = walk(parts, notes, delta, inside, budget, True, intercepted_attention)
+        of_h0, of_parameters = summed(steps, parts, inside)
         before = torch.autograd.grad(
             entered[0], list(named.values()), of_h0, allow_unused=True, retain_graph=budget != budgets[-1]
         )

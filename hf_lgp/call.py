@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .control.measurement import GroupSpread, GroupSums
+from .control.measurement import GroupSpread
 from .control.plan import StepPlan, draw_order, identity_order, private_seed
 from .estimator import control_size
-from .rows.block import noting
 from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
 from .rows.parts import BlockParts, Intercept
-from .rows.walk import RowBudget, walk
-from .sealed import Sealed, SpliceError
-from .splice import Combine, Grouped, Predicted
+from .rows.walk import Compared, RowBudget, Walked, summed, walk
+from .sealed import Sealed
+from .splice import Combine, Enter, Predicted
+from .streams import ComparedStream, Stream
 
 Observed = Callable[[GroupSpread], None]
 """Is told what a measuring call measured."""
@@ -30,6 +30,7 @@ class HowToWalk:
 
     budget: RowBudget
     intercept: Intercept  # gives a context in which attention goes to another function
+    vectorized: bool = True  # whether ``torch.vmap`` runs the blocks on groups of examples
 
 
 class Call:
@@ -58,14 +59,21 @@ class Call:
         self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.h0, self.sealed = h0, Sealed.of(h0)
         self.parameters = [p for part in parts for p in part.block.parameters() if p.requires_grad]
-        ordered = h0 if self.whole else h0.index_select(0, self.order)
-        self.control, self.others = ordered[: self.controls], ordered[self.controls :].detach()
-        groups = min(plan.measure, self.controls) if plan.measure else 1
-        self.slices = [slice(*b) for b in pairwise(round(g * self.controls / groups) for g in range(groups + 1))]
-        self.measured = plan.measure > 0
-        # Groups that are compared have graphs of their own.
-        self.leaves = [self.control[s].detach().requires_grad_(h0.requires_grad) for s in self.slices]
-        self.streams = list(self.leaves) if plan.measure else [self.control]
+        self.control, self.stand_in = h0, h0
+        if not self.whole:
+            self.control, self.stand_in = Enter.apply(h0, self.order, self.inverse, self.controls)
+        groups = min(plan.measure, self.controls)
+        compared = self.controls // groups * groups if groups else 0
+        parts_of_control = [slice(0, compared), slice(compared, self.controls)]
+        self.streams: list[Stream] = []
+        for part in parts_of_control:
+            if part.start < part.stop:
+                rows = self._of_control(part)
+                own = ComparedStream(part, rows, groups, how.vectorized) if part.stop == compared else None
+                self.streams.append(own or Stream(part, rows, graph=True))
+        if not self.whole:
+            part = slice(self.controls, self.m)
+            self.streams.append(Stream(part, h0.detach().index_select(0, self.order[part]), graph=False))
         self.notes: list[BlockNotes] = []
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -89,30 +97,12 @@ class Call:
         args = tuple(self._ordered(key, value) for key, value in enumerate(args, start=1))
         kwargs = {key: self._ordered(key, value) for key, value in kwargs.items()}
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
-        entered = [s.detach() for s in self.streams] + ([] if self.whole else [self.others])
+        entered = [stream.rows.detach() for stream in self.streams]
         hidden = torch.cat(entered) if len(entered) > 1 else entered[0]
         notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
-        noted: list[StreamNotes] = []
-        rests: list[tuple[Any, ...] | None] = []
-
-        def run(stream: Tensor, examples: slice, graph: bool) -> Tensor:
-            own = notes if len(stream) == self.m else notes.take(examples)
-            with noting(part) as tell, torch.set_grad_enabled(graph):
-                out = forward(stream, *own.args, **own.kwargs)
-            noted.append(tell())
-            rests.append(out[1:] if isinstance(out, tuple) else None)
-            if any(item is not None for item in rests[-1] or ()):
-                raise SpliceError("its blocks return more than their rows")
-            out = out[0] if isinstance(out, tuple) else out
-            if out is stream:
-                raise SpliceError("its blocks are left out at random")
-            return out
-
-        self.streams = [run(*each, graph=True) for each in zip(self.streams, self.slices, strict=True)]
-        if not self.whole:
-            self.others = run(self.others, slice(self.controls, self.m), graph=False)
-        self.notes.append(BlockNotes(hidden, args, kwargs, batched, joined(noted)))
-        return rests[0]
+        told = [s.block(part, forward, notes if len(entered) == 1 else notes.take(s.examples)) for s in self.streams]
+        self.notes.append(replace(notes, stream=joined([noted for _, noted in told])))
+        return told[0][0]
 
     def _ordered(self, key: int | str, value: Any) -> Any:
         """An argument of a block with its examples in the call's order."""
@@ -129,41 +119,33 @@ class Call:
     def finish(self) -> Tensor:
         """The stack's output for all examples, in their own order, shape ``(m, T, D)``."""
         self._selected.clear()
-        control = self.streams[0]
-        if self.measured:
-            value = torch.cat([s.detach() for s in self.streams])
-            control = Grouped.apply(self.control, value, self._pull_groups, *self.parameters)
+        control = [self._value(stream) for stream in self.streams if stream.examples.stop <= self.controls]
+        value = control[0] if len(control) == 1 else torch.cat(control)
         if self.whole:
-            return control
-        predicted = Predicted.apply(self.h0, self._predict, self.inverse, *self.parameters)
-        return Combine.apply(control, predicted, self.others, self.order, self.inverse)
+            return value
+        predicted = Predicted.apply(self.stand_in, self._predict, *self.parameters)
+        return Combine.apply(value, predicted, self.streams[-1].rows, self.order)
 
-    def _walk(self, notes: Sequence[BlockNotes], delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    def _value(self, stream: Stream) -> Tensor:
+        if not isinstance(stream, ComparedStream):
+            return stream.rows
+        walked = partial(self._walked, [block.take(stream.examples) for block in self.notes])
+        entered = self._of_control(stream.examples)
+        return stream.joined(entered, self.parts, self.parameters, walked, self.observed)
+
+    def _of_control(self, part: slice) -> Tensor:
+        return self.control if part == slice(0, self.controls) else self.control[part]
+
+    def _walked(self, notes: Sequence[BlockNotes], delta: Tensor, compared: Compared | None = None) -> Iterator[Walked]:
         needs_input, how = self.h0.requires_grad, self.how
         device, dtype, enabled = self.autocast  # the forward's: a backward runs outside it
-        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return walk(self.parts, notes, delta, self.parameters, how.budget, needs_input, how.intercept)
+        steps = walk(self.parts, notes, delta, self.parameters, how.budget, needs_input, how.intercept, compared)
+        while True:
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def _predict(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        return self._walk(self.notes, delta)
-
-    def _pull_groups(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Exact gradients, group by group, each compared with its prediction; ``h0``'s counts as one more tensor."""
-        sums, pieces = GroupSums(), []
-        for leaf, out, part in zip(self.leaves, self.streams, self.slices, strict=True):
-            wanted = [leaf] * leaf.requires_grad + self.parameters
-            exact = list(torch.autograd.grad(out, wanted, delta[part], allow_unused=True))
-            of_rows, predicted = self._walk([notes.take(part) for notes in self.notes], delta[part])
-            if of_rows is not None and exact[0] is not None:
-                pieces.append(exact[0])
-                predicted, exact[0] = [of_rows.sum(0), *predicted], exact[0].sum(0)
-            known = [
-                (g, torch.zeros_like(g) if p is None else p)
-                for g, p in zip(exact, predicted, strict=True)
-                if g is not None
-            ]
-            sums.add([g for g, _ in known], [p for _, p in known])
-        self.observed(sums.spread())
-        totals = iter(sums.exact)
-        gradients: list[Tensor | None] = [None if g is None else next(totals) for g in exact]
-        return (torch.cat(pieces), gradients[1:]) if pieces else (None, gradients)
+        return summed(self._walked(self.notes, delta), self.parts, self.parameters)

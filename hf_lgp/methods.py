@@ -62,8 +62,7 @@ def row_walk(
     """
     with evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
-    how = HowToWalk(budget, intercept)
-    return RowWalk(verified(model, stacks, lambda: loss(count), how, half), how)
+    return RowWalk(*verified(model, stacks, lambda: loss(count), HowToWalk(budget, intercept), half))
 
 
 @dataclass(frozen=True)

@@ -25,24 +25,40 @@ Predict = Callable[[Tensor], tuple[Tensor | None, Sequence[Tensor | None]]]
 """From weighted ``delta (m, T, D)``, control examples first, the predicted gradients of ``h0`` in the same order and of the parameters."""
 
 
+class Enter(torch.autograd.Function):
+    """``h0`` of the control examples, and a tensor shaped like all of ``h0`` without values, from which :class:`Predicted` starts.
+
+    Backward, what comes back through either, in the call's order, is added and brought into the examples' own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h0: Tensor, order: Tensor, inverse: Tensor, controls: int) -> tuple[Tensor, Tensor]:
+        ctx.inverse, ctx.controls = inverse, controls
+        return h0.index_select(0, order[:controls]), h0.new_zeros(()).expand(h0.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_control: Tensor, predicted: Tensor) -> tuple[Any, ...]:
+        predicted[: ctx.controls] += of_control  # nobody else holds it
+        return predicted.index_select(0, ctx.inverse), None, None, None
+
+
 class Predicted(torch.autograd.Function):
-    """Stands for the predictor in the graph: its backward gives ``h0`` and the parameters their predicted gradients.
+    """Stands for the predictor in the graph: its backward gives ``h0``, in the call's order, and the parameters their predicted gradients.
 
     Its output has the shape of ``H`` and no values.
     """
 
     @staticmethod
-    def forward(ctx: Any, h0: Tensor, predict: Predict, inverse: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.predict, ctx.inverse = predict, inverse
+    def forward(ctx: Any, h0: Tensor, predict: Predict, *parameters: Tensor) -> Tensor:
+        ctx.predict = predict
         return h0.new_zeros(()).expand(h0.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         of_h0, of_parameters = _finite_or_none_at_all(*ctx.predict(delta))
-        if of_h0 is not None:
-            of_h0 = of_h0.index_select(0, ctx.inverse)
-        return of_h0, None, None, *of_parameters
+        return of_h0, None, *of_parameters
 
 
 def _finite_or_none_at_all(
@@ -60,9 +76,10 @@ class Combine(torch.autograd.Function):
     """The values of all examples from those of both streams; backward, ``delta`` is split and weighted as (1) says."""
 
     @staticmethod
-    def forward(ctx: Any, control: Tensor, predicted: Tensor, others: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, control: Tensor, predicted: Tensor, others: Tensor, order: Tensor) -> Tensor:
         ctx.order, ctx.controls = order, len(control)
-        return torch.cat([control, others]).index_select(0, inverse)
+        value = control.new_empty(len(order), *control.shape[1:])
+        return value.index_copy_(0, order[: len(control)], control).index_copy_(0, order[len(control) :], others)
 
     @staticmethod
     @once_differentiable
@@ -70,11 +87,11 @@ class Combine(torch.autograd.Function):
         delta = delta.index_select(0, ctx.order)
         m, controls = len(delta), ctx.controls
         weights = control_weights(m, controls, delta.dtype, delta.device).view(m, *[1] * (delta.dim() - 1))
-        return control_scale(m, controls) * delta[:controls], weights * delta, None, None, None
+        return control_scale(m, controls) * delta[:controls], weights * delta, None, None
 
 
-class Grouped(torch.autograd.Function):
-    """Control examples that were run in groups, each with a graph of its own that only this function's backward walks."""
+class Apart(torch.autograd.Function):
+    """Control examples that were run by a graph of their own, which only this function's backward walks."""
 
     @staticmethod
     def forward(ctx: Any, control: Tensor, value: Tensor, pull: Predict, *parameters: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ _WIDE, _HALF = 1e-3, 5e-2
 
 def verified(
     model: nn.Module, stacks: Sequence[Stack], loss: Callable[[], Tensor], how: HowToWalk, half: bool = False
-) -> tuple[Stack, ...]:
-    """The stacks, each with what was learnt of whether only the first row of its output is read.
+) -> tuple[tuple[Stack, ...], HowToWalk]:
+    """The stacks, each with what was learnt of whether only the first row of its output is read; and whether blocks can be run on all groups at once.
 
     Raises:
         UnknownBlock: If the spliced model differs from the model; the message says in what.
@@ -42,10 +42,10 @@ def verified(
             value = loss()
             return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
 
-    def same(stacks: Sequence[Stack], first_row: bool) -> str | None:
+    def same(stacks: Sequence[Stack], plan: StepPlan) -> str | None:
         """How the spliced model differs, None if it does not."""
         try:
-            value, gradients = run(stacks, StepPlan(first_row=first_row, all_control=True))
+            value, gradients = run(stacks, plan)
         except SpliceError as error:
             return str(error)
         if not _close(value, plain, allowed):
@@ -57,14 +57,15 @@ def verified(
                 return "its gradient is another one when its blocks are run by themselves"
         return None
 
+    by_group = StepPlan(measure=2, first_row=True)
     with evaluating(model):
         plain, exact = run((), StepPlan(all_control=True))
         stacks = [replace(stack, first_row_only=False) for stack in stacks]
-        if (reason := same(stacks, first_row=False)) is not None:
+        if (reason := same(stacks, StepPlan(all_control=True))) is not None:
             raise UnknownBlock(reason)
         for k, stack in enumerate(stacks):
             trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
-            if same(trial, first_row=True) is None:
+            if same(trial, StepPlan(first_row=True, all_control=True)) is None:
                 stacks = trial
         try:
             value, gradients = run(stacks, StepPlan(0.5, first_row=True))
@@ -76,7 +77,18 @@ def verified(
             )
         if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
-    return tuple(stacks)
+        vectorized = _runs(lambda: same(stacks, by_group) is None)
+    # In training some blocks do what they do not do in evaluation.
+    vectorized = vectorized and _runs(lambda: bool(run(stacks, by_group)))
+    return tuple(stacks), replace(how, vectorized=vectorized)
+
+
+def _runs(check: Callable[[], bool]) -> bool:
+    """Whether a check succeeds; ``torch.vmap`` has many ways to refuse what could be run on one group after the other."""
+    try:
+        return check()
+    except Exception:
+        return False
 
 
 def _close(value: Tensor, expected: Tensor, allowed: float) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lgp.splice import Combine, Grouped, Predicted
+from hf_lgp.splice import Apart, Combine, Enter, Predicted
 
 M, CONTROLS = 5, 2
 
@@ -19,8 +19,9 @@ def spliced(predict: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameter = torch.randn(3, dtype=torch.float64, requires_grad=True)
     order = torch.tensor([3, 0, 4, 1, 2])
     inverse = order.argsort()
-    control, others = (h0[order[:CONTROLS]] * parameter), (h0[order[CONTROLS:]] * parameter).detach()
-    out = Combine.apply(control, Predicted.apply(h0, predict, inverse, parameter), others, order, inverse)
+    control, stand_in = Enter.apply(h0, order, inverse, CONTROLS)
+    others = (h0[order[CONTROLS:]] * parameter).detach()
+    out = Combine.apply(control * parameter, Predicted.apply(stand_in, predict, parameter), others, order)
     return out, h0, parameter, order
 
 
@@ -63,10 +64,10 @@ def test_predictions_that_are_not_finite_are_left_out_whole(bad: float) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_groups_are_pulled_by_their_own_function() -> None:
+def test_examples_apart_are_pulled_by_their_own_function() -> None:
     control = torch.randn(2, 3, requires_grad=True)
     value, seen = torch.randn(2, 3), []
-    out = Grouped.apply(control, value, lambda delta: (seen.append(delta) or 2 * delta, []))
+    out = Apart.apply(control, value, lambda delta: (seen.append(delta) or 2 * delta, []))
     assert torch.equal(out, value)
     (gradient,) = torch.autograd.grad(out, [control], torch.ones(2, 3))
     assert torch.equal(gradient, 2 * torch.ones(2, 3)) and len(seen) == 1

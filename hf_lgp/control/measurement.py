@@ -23,6 +23,19 @@ class GroupSpread:
     total: Tensor  # ``sigma^2`` of each, times the same, shape ``(n,)``
 
 
+def compare(exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> tuple[list[Tensor], GroupSpread]:
+    """The sums of exact gradients over groups, and the spreads; all gradients have shape ``(G, ...)``."""
+    sizes, groups = [t[0].numel() for t in exact], len(exact[0])
+    flat = torch.cat([t.flatten(1) for t in exact], 1)
+    residual = flat - torch.cat([t.flatten(1) for t in predicted], 1)
+    sums = [t.sum(0).split(sizes) for t in (residual, flat)]
+    spreads = [
+        spread(_squared_norms(of_sum), _squared_norms(t.split(sizes, 1)), groups)
+        for of_sum, t in zip(sums, (residual, flat), strict=True)
+    ]
+    return [s.view(t.shape[1:]).to(t.dtype) for s, t in zip(sums[1], exact, strict=True)], GroupSpread(*spreads)
+
+
 class GroupSums:
     """Running sums over groups; what :class:`GroupSpread` is made of.
 

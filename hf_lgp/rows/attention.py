@@ -25,9 +25,10 @@ class FoldedAttention(torch.autograd.Function):
     or None, and the key layer's bias or None, which changes nothing and gets zeros as its gradient (a parameter without one would be taken for unused); all of one dtype, and gives ``(m, S, H, d)``. Softmax is taken in float32 at least. What a row ``x_t`` receives as key and as value, ``sum_s ds_{s,t} (W_k^T q_s) + p_{s,t} (W_v^T do_s)``, is accumulated by two products.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         key: Tensor,
         value: Tensor,
@@ -36,7 +37,7 @@ class FoldedAttention(torch.autograd.Function):
         bias: Tensor | None,
         kept: Tensor | None = None,
         key_bias: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         m, s, heads, _ = q.shape
         with torch.autocast(q.device.type, enabled=False):
             turned = x.mT
@@ -47,38 +48,47 @@ class FoldedAttention(torch.autograd.Function):
             p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(x.dtype)
             used = p if kept is None else p * kept.reshape(p.shape)
             pooled = (used @ x).view(m, s, heads, -1)
-            out = _by_head(pooled, value.mT, value_bias)
-        ctx.save_for_backward(q, key, value, x, turned, folded, p, used, kept, pooled)
+            return _by_head(pooled, value.mT, value_bias), folded, p, used, pooled
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, key, value, value_bias, x, bias, kept, key_bias = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, key, value, x, kept, *output[1:])
         ctx.key_bias = None if key_bias is None else key_bias.shape
         ctx.has_value_bias, ctx.bias_shape = value_bias is not None, None if bias is None else bias.shape
-        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, key, value, x, turned, folded, p, used, kept, pooled = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        q, key, value, x, kept, folded, p, used, pooled = ctx.saved_tensors
         m, s, heads, _ = q.shape
-        from_values = _by_head(grad, value).view_as(folded)
-        d_p = from_values @ turned
-        if kept is not None:
-            d_p = d_p * kept.reshape(d_p.shape)
-        d_scores = aten._softmax_backward_data(d_p, p, -1, p.dtype)
-        d_folded = (d_scores @ x).view_as(pooled)
-        d_x = torch.bmm(d_scores.mT, folded).baddbmm_(used.mT, from_values) if ctx.needs_input_grad[4] else None
-        d_bias = None
-        if ctx.needs_input_grad[5]:
-            d_bias = d_scores.view(m, s, heads, -1).sum_to_size(ctx.bias_shape)
-        d_value_bias = grad.sum((0, 1))[:, None] if ctx.has_value_bias else None
-        return (
-            _by_head(d_folded, key.mT),
-            _outer(q, d_folded) if ctx.needs_input_grad[1] else None,
-            _outer(grad, pooled) if ctx.needs_input_grad[2] else None,
-            d_value_bias,
-            d_x,
-            d_bias,
-            None,
-            None if ctx.key_bias is None else grad.new_zeros(ctx.key_bias),
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            turned = x.mT
+            from_values = _by_head(grad, value).view_as(folded)
+            d_p = from_values @ turned
+            if kept is not None:
+                d_p = d_p * kept.reshape(d_p.shape)
+            d_scores = aten._softmax_backward_data(d_p, p, -1, p.dtype)
+            d_folded = (d_scores @ x).view_as(pooled)
+            d_x = (
+                torch.baddbmm(torch.bmm(d_scores.mT, folded), used.mT, from_values) if ctx.needs_input_grad[4] else None
+            )
+            d_bias = None
+            if ctx.needs_input_grad[5]:
+                d_bias = d_scores.view(m, s, heads, -1).sum_to_size(ctx.bias_shape)
+            d_value_bias = grad.sum((0, 1))[:, None] if ctx.has_value_bias else None
+            return (
+                _by_head(d_folded, key.mT),
+                _outer(q, d_folded) if ctx.needs_input_grad[1] else None,
+                _outer(grad, pooled) if ctx.needs_input_grad[2] else None,
+                d_value_bias,
+                d_x,
+                d_bias,
+                None,
+                None if ctx.key_bias is None else grad.new_zeros(ctx.key_bias),
+            )
 
 
 Affine = tuple[Tensor, Tensor | None]
@@ -98,7 +108,7 @@ def attend_folded(
     k, v = (weight.to(dtype).view(heads, d, -1) for weight, _ in (key, value))
     b = None if value[1] is None else value[1].to(dtype).view(heads, 1, d)
     bias, kept = (None if t is None else t.transpose(1, 2) for t in (bias, kept))
-    return FoldedAttention.apply(query.transpose(1, 2).contiguous(), k, v, b, x.to(dtype), bias, kept, key[1])
+    return FoldedAttention.apply(query.transpose(1, 2).contiguous(), k, v, b, x.to(dtype), bias, kept, key[1])[0]
 
 
 def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, kept: Tensor | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,24 +33,42 @@ class BlockNotes:
     batched: frozenset[int]  # the tensors among them that have an entry for each example, by identity
     stream: StreamNotes  # what the block noted
 
-    def take(self, part: slice) -> BlockNotes:
-        """The notes of some examples."""
-        taken: set[int] = set()
+    def each(self, function: Callable[[Tensor], Tensor]) -> BlockNotes:
+        """The same with another tensor for each that has an entry for each example."""
+        batched: set[int] = set()
 
         def of(value: Any) -> Any:
             if isinstance(value, Tensor) and id(value) in self.batched:
-                value = value[part]
-                taken.add(id(value))
+                value = function(value)
+                batched.add(id(value))
             return value
 
-        args, kwargs = map_tensors(of, self.args), map_tensors(of, dict(self.kwargs))
+        hidden, args, kwargs = function(self.hidden), map_tensors(of, self.args), map_tensors(of, dict(self.kwargs))
         stream = StreamNotes(
-            {norm: tuple(t[part] for t in noted) for norm, noted in self.stream.scales.items()},
-            {dropout: tuple(t[part] for t in noted) for dropout, noted in self.stream.kept.items()},
+            {norm: tuple(map(function, noted)) for norm, noted in self.stream.scales.items()},
+            {dropout: tuple(map(function, noted)) for dropout, noted in self.stream.kept.items()},
         )
-        return replace(
-            self, hidden=self.hidden[part], args=args, kwargs=kwargs, batched=frozenset(taken), stream=stream
-        )
+        return BlockNotes(hidden, args, kwargs, frozenset(batched), stream)
+
+    def take(self, part: slice) -> BlockNotes:
+        """The notes of some examples."""
+        return self.each(lambda t: t[part])
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that have an entry for each example."""
+        found: list[Tensor] = []
+
+        def keep(t: Tensor) -> Tensor:
+            found.append(t)
+            return t
+
+        self.each(keep)
+        return found
+
+    def of(self, tensors: Sequence[Tensor]) -> BlockNotes:
+        """The same with other tensors, in the order of :meth:`tensors`."""
+        remaining = iter(tensors)
+        return self.each(lambda _: next(remaining))
 
 
 def joined(streams: list[StreamNotes]) -> StreamNotes:

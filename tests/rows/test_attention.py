@@ -37,7 +37,7 @@ def attention(
 @pytest.mark.parametrize("left_out", [(), ("bias",), ("value_bias",), ("bias", "value_bias")])
 def test_it_is_attention_with_the_same_gradients(left_out: tuple[str, ...]) -> None:
     given = {n: None if n in left_out else t for n, t in tensors().items()}
-    found, expected = FoldedAttention.apply(*given.values()), attention(**given)
+    found, expected = FoldedAttention.apply(*given.values())[0], attention(**given)
     torch.testing.assert_close(found, expected)
     upstream, leaves = torch.randn_like(expected), [t for t in given.values() if t is not None]
     for one, other in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (found, expected)), strict=True):
@@ -46,14 +46,14 @@ def test_it_is_attention_with_the_same_gradients(left_out: tuple[str, ...]) -> N
 
 def test_gradcheck() -> None:
     kept = torch.tensor([0.0, 2.0], dtype=torch.float64)[torch.randint(0, 2, (M, S, H, T))]
-    assert torch.autograd.gradcheck(FoldedAttention.apply, (*tensors().values(), kept))
+    assert torch.autograd.gradcheck(lambda *t: FoldedAttention.apply(*t)[0], (*tensors().values(), kept))
 
 
 def test_what_dropout_leaves_multiplies_the_probabilities() -> None:
     given = tensors()
     kept = torch.zeros(M, S, H, T, dtype=torch.float64)
     kept[..., 0] = 2.0
-    out = FoldedAttention.apply(*given.values(), kept)
+    out = FoldedAttention.apply(*given.values(), kept)[0]
     q, key, value, value_bias, x, bias = given.values()
     p = (torch.einsum("mshd,hdw,mtw->msht", q, key, x) + bias).softmax(-1)[..., :1]
     expected = 2.0 * p * torch.einsum("mw,hdw->mhd", x[:, 0], value)[:, None] + value_bias[:, 0]

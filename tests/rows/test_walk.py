@@ -13,8 +13,13 @@ import hf_lgp.rows.walk
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.call import Call, HowToWalk
 from hf_lgp.control.plan import StepPlan
-from hf_lgp.rows.walk import RowBudget, walk
+from hf_lgp.rows.walk import RowBudget, summed, walk
 from hf_lgp.stack import Stack, find_stacks, spliced
+
+
+def walked(stack: Stack, notes: Any, delta: Tensor, parameters: Any, budget: RowBudget, needs_input: bool) -> Any:
+    steps = walk(stack.parts, notes, delta, parameters, budget, needs_input, intercepted_attention)
+    return summed(steps, stack.parts, parameters)
 
 
 def noted(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Stack, Call, Tensor]:
@@ -43,9 +48,7 @@ def test_with_every_row_followed_the_walk_is_the_backward(name: str, monkeypatch
     monkeypatch.setattr(hf_lgp.rows.walk, "group_rows", lambda hidden, groups: each)
     needs_input = call.h0.requires_grad
     expected = torch.autograd.grad(out, [call.h0] * needs_input + call.parameters, delta, allow_unused=True)
-    of_input, found = walk(
-        stack.parts, call.notes, delta, call.parameters, RowBudget(rows - 1), needs_input, intercepted_attention
-    )
+    of_input, found = walked(stack, call.notes, delta, call.parameters, RowBudget(rows - 1), needs_input)
     largest = max(float(g.norm()) for g in expected if g is not None)
     for one, other in zip([of_input] * needs_input + found, expected, strict=True):
         a, b = (torch.zeros(1) if g is None else g for g in (one, other))
@@ -58,7 +61,7 @@ def test_the_walk_treats_examples_by_themselves_and_is_linear(name: str, monkeyp
     delta, weights = torch.randn_like(out), torch.tensor([1.0, -3.0, 0.5, 2.0], dtype=out.dtype)
 
     def predicted(notes: Any, delta: Tensor) -> list[Tensor]:
-        found = walk(stack.parts, notes, delta, call.parameters, RowBudget(1, 2), True, intercepted_attention)[1]
+        found = walked(stack, notes, delta, call.parameters, RowBudget(1, 2), True)[1]
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, call.parameters, strict=True)]
 
     together = predicted(call.notes, delta * weights[:, None, None])
@@ -78,7 +81,7 @@ def test_the_first_row_meets_the_dropout_it_met_in_the_forward(monkeypatch: pyte
     delta = torch.zeros_like(out)
     delta[:, 0] = torch.randn(out[:, 0].shape, dtype=out.dtype)
     exact = torch.autograd.grad(out, call.parameters, delta, allow_unused=True)
-    _, found = walk(stack.parts, call.notes, delta, call.parameters, RowBudget(1, 2), True, intercepted_attention)
+    _, found = walked(stack, call.notes, delta, call.parameters, RowBudget(1, 2), True)
     names = {id(p): n for n, p in model.named_parameters()}
     for parameter, a, b in zip(call.parameters, found, exact, strict=True):
         if "layers.2.mlp.fc2" in names[id(parameter)]:  # only the class row has a gradient there
@@ -90,9 +93,9 @@ def test_frozen_blocks_below_end_the_walk(monkeypatch: pytest.MonkeyPatch) -> No
     model.vit.layers[2].requires_grad_(True)
     stack, call, out = noted("vit", model, monkeypatch)
     visited: list[Any] = []
-    walked = hf_lgp.rows.walk._walk_block
-    monkeypatch.setattr(hf_lgp.rows.walk, "_walk_block", lambda p, *a: visited.append(p.block) or walked(p, *a))
+    own = hf_lgp.rows.walk._walk_block
+    monkeypatch.setattr(hf_lgp.rows.walk, "_walk_block", lambda p, *a: visited.append(p.block) or own(p, *a))
     delta = torch.randn_like(out)
-    of_input, found = walk(stack.parts, call.notes, delta, call.parameters, RowBudget(2), False, intercepted_attention)
+    of_input, found = walked(stack, call.notes, delta, call.parameters, RowBudget(2), False)
     assert visited == [model.vit.layers[2]] and of_input is None
     assert all(g is not None for g in found)
