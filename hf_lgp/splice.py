@@ -65,11 +65,20 @@ def _finite_or_none_at_all(
     of_h0: Tensor | None, of_parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The predictions, or zeros for all where one is not finite: control examples have their exact gradients. Nothing waits for the device."""
-    there = [g for g in (of_h0, *of_parameters) if g is not None]
-    norms = torch._foreach_norm(there, dtype=torch.promote_types(there[0].dtype, torch.float32))
-    finite = torch.stack(norms).isfinite().all()
-    of_h0, *of_parameters = (None if g is None else g.where(finite, 0.0) for g in (of_h0, *of_parameters))
-    return of_h0, of_parameters
+    there = [g for g in of_parameters if g is not None]
+    if of_h0 is None and not there:
+        return None, [None for _ in of_parameters]
+    sums = [] if of_h0 is None else [of_h0.sum(dtype=torch.promote_types(of_h0.dtype, torch.float32))]
+    if there:  # as one, since every tensor by itself would cost a launch
+        flat = torch.cat([g.flatten() for g in there])
+        sums.append(flat.sum(dtype=torch.promote_types(flat.dtype, torch.float32)))
+    bad = (sums[0] + sums[-1]).mul(0.0).ne(0.0)
+    if there:
+        pieces = iter(flat.masked_fill_(bad, 0.0).split([g.numel() for g in there]))
+    return (
+        None if of_h0 is None else of_h0.masked_fill_(bad, 0.0),
+        [None if g is None else next(pieces).view_as(g).to(g.dtype) for g in of_parameters],
+    )
 
 
 class Combine(torch.autograd.Function):

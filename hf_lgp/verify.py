@@ -22,8 +22,8 @@ from .rows.parts import UnknownBlock
 from .sealed import SpliceError
 from .stack import Stack, spliced
 
-_WIDE, _HALF = 1e-3, 5e-2
-"""Differences allowed, relative to a tensor's norm: of float32 and of half precision."""
+_WIDE, _HALF = (1e-3, 1e-3), (5e-2, 1e-2)
+"""Differences allowed, relative to a tensor's norm, and which share of the largest tensor's norm it counts at least: float32 and half precision."""
 
 
 def verified(
@@ -34,7 +34,7 @@ def verified(
     Raises:
         UnknownBlock: If the spliced model differs from the model; the message says in what.
     """
-    allowed = _HALF if half else _WIDE
+    allowed, least = _HALF if half else _WIDE
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run(stacks: Sequence[Stack], plan: StepPlan) -> tuple[Tensor, list[Tensor | None]]:
@@ -42,7 +42,7 @@ def verified(
             value = loss()
             return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
 
-    def same(stacks: Sequence[Stack], plan: StepPlan) -> str | None:
+    def same(stacks: Sequence[Stack], plan: StepPlan, times: float = 1.0) -> str | None:
         """How the spliced model differs, None if it does not."""
         try:
             value, gradients = run(stacks, plan)
@@ -53,7 +53,7 @@ def verified(
         largest = max(float(g.norm()) for g in exact if g is not None)
         for own, other in zip(gradients, exact, strict=True):
             a, b = (torch.zeros(()) if g is None else g for g in (own, other))
-            if not float((a - b).norm()) <= allowed * max(float(b.norm()), 1e-3 * largest):
+            if not float((a - b).norm()) <= times * allowed * max(float(b.norm()), least * largest):
                 return "its gradient is another one when its blocks are run by themselves"
         return None
 
@@ -77,7 +77,7 @@ def verified(
             )
         if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
-        vectorized = _runs(lambda: same(stacks, by_group) is None)
+        vectorized = _runs(lambda: same(stacks, by_group, 4.0) is None)
     # In training some blocks do what they do not do in evaluation.
     vectorized = vectorized and _runs(lambda: bool(run(stacks, by_group)))
     return tuple(stacks), replace(how, vectorized=vectorized)

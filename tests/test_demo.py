@@ -16,7 +16,7 @@ def run(name: str, seconds: list[float], accuracy: float = 0.9) -> demo.Run:
 
 def test_the_table_has_a_line_for_each_run() -> None:
     head, plain, mine = demo.table([run("Trainer", [10.0, 10.0]), run("LGPTrainer", [7.0, 5.0])]).splitlines()
-    assert head.split() == "training time accuracy predicted steps gradients backpropagated".split()
+    assert head.split() == "training time held-out accuracy predicted steps gradients backpropagated".split()
     assert plain.split() == ["Trainer", "20", "s", "90.0%", "0%", "100%"]
     assert mine.split() == ["LGPTrainer", "12", "s", "90.0%", "80%", "30%"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -61,7 +60,9 @@ class FoldedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
         q, key, value, x, kept, folded, p, used, pooled = ctx.saved_tensors
         m, s, heads, _ = q.shape
         with torch.autocast(q.device.type, enabled=False):
@@ -117,11 +118,6 @@ def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     scores = scores if bias is None else scores + bias
     p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return ((p if kept is None else p * kept) @ values).transpose(1, 2)
-
-
-def dropped(ones: Tensor, p: float) -> Tensor | None:
-    """What dropout leaves of ones: 0 or ``1 / (1 - p)``; None where it is off."""
-    return F.dropout(ones, p) if p > 0.0 else None
 
 
 def _heads_first(rows: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend_folded, attend_plainly, dropped, rows_of_bias
+from .attention import attend_folded, attend_plainly, rows_of_bias
 from .norms import norm_of_means, noted_norm
 from .notes import BlockNotes, StreamNotes
 from .parts import BlockParts, Intercept, forward_replaced
@@ -78,7 +79,7 @@ def run_rows(
         bias = rows_of_bias(mask, weights, query.dtype)
         # The exact forward of the first row has the model's dropout; the walk its expectation, none.
         p = 0.0 if weights is not None else kwargs.get("dropout", 0.0)
-        kept = dropped(query.new_ones(*query.shape[:3], x.shape[1]), p)
+        kept = F.dropout(query.new_ones(*query.shape[:3], x.shape[1]), p) if p > 0.0 else None
         if parts.key is not None and parts.value is not None:
             key_layer, value_layer = ((layer.weight, layer.bias) for layer in (parts.key, parts.value))
             return attend_folded(query, x, key_layer, value_layer, bias, kept), None
@@ -122,7 +123,8 @@ def first_row_of_block(
 
 
 def _unmade(width: int) -> _Forward:
-    return lambda rows: rows.new_zeros(()).expand(*rows.shape[:-1], width)
+    """Values that nobody reads, without memory or a launch."""
+    return lambda rows: rows.detach()[:1, :1, :1].expand(*rows.shape[:-1], width)
 
 
 def _norm_of_rows(norm: nn.LayerNorm, notes: BlockNotes, weights: Tensor) -> _Forward:

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALL = 1e-20
-"""What a row counts that nothing was asked of: where that holds for a whole group, its rows count alike."""
-
 
 @lru_cache(maxsize=4096)  # every length that a run meets
 def _patterns(length: int, bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -43,6 +40,12 @@ def group_rows(hidden: Tensor, groups: int) -> Tensor:
     return F.one_hot(code, 1 + groups).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
+@lru_cache(maxsize=256)
+def _alone(groups: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Membership of rows with a group of their own behind ``groups`` others: shape ``(R, groups + R)``."""
+    return torch.eye(groups + rows, dtype=dtype, device=device)[groups:]
+
+
 def follow_singly(member: Tensor, asked: Tensor, rows: int) -> Tensor:
     """Membership with a group of its own for each of the rows that were asked most: shape ``(m, T, 1 + K + R)``, ``R = min(rows, T - 1)``.
 
@@ -52,9 +55,13 @@ def follow_singly(member: Tensor, asked: Tensor, rows: int) -> Tensor:
         rows: How many to take out of their groups; the first row is one already.
     """
     rows = min(rows, member.shape[1] - 1)
-    single = member.new_zeros(len(member), member.shape[1], rows)
-    single[:, 1:].scatter_(1, asked[:, 1:, 0].topk(rows, dim=1).indices[:, None], 1.0)
-    return torch.cat([member * (1.0 - single.sum(-1, keepdim=True)), single], -1)
+    if rows == 0:
+        return member
+    alone = _alone(member.shape[2], rows, member.dtype, member.device).expand(len(member), -1, -1)
+    which = asked[:, 1:].topk(rows, dim=1).indices.expand_as(alone)
+    followed = F.pad(member, (0, rows))
+    followed[:, 1:].scatter_(1, which, alone)
+    return followed
 
 
 def row_weights(member: Tensor, asked: Tensor) -> Tensor:
@@ -62,6 +69,7 @@ def row_weights(member: Tensor, asked: Tensor) -> Tensor:
 
     Args:
         member: Membership, shape ``(m, T, S)``.
-        asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit.
+        asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit, none of them zero.
     """
-    return F.normalize(member * (asked + _SMALL), p=1.0, dim=1, eps=1e-30)
+    weights = member * asked
+    return weights / weights.sum(1, keepdim=True).clamp_min(1e-30)

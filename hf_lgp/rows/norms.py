@@ -22,8 +22,7 @@ def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
 def norm_of_means(norm: nn.LayerNorm, rows: Tensor, scale: Tensor) -> Tensor:
     """The layer norm of mean rows ``(m, S, D)`` at ``scale (m, S, 1)``, the weighted mean of ``1 / sigma`` of the rows they stand for."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    normal, _, own = torch.native_layer_norm(wide, norm.normalized_shape, None, None, norm.eps)
-    normal = (normal * (scale / own.detach())).to(rows.dtype)
-    if norm.weight is None:
-        return normal
-    return normal * norm.weight if norm.bias is None else torch.addcmul(norm.bias, normal, norm.weight)
+    weight, bias = (None if t is None else t.to(wide.dtype) for t in (norm.weight, norm.bias))
+    normal, _, own = torch.native_layer_norm(wide, norm.normalized_shape, weight, None, norm.eps)
+    ratio = scale / own.detach()
+    return (normal * ratio if bias is None else torch.addcmul(bias, normal, ratio)).to(rows.dtype)

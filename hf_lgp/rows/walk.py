@@ -19,6 +19,9 @@ from .norms import norm_of_means, noted_norm
 from .notes import BlockNotes
 from .parts import BlockParts, Intercept
 
+_SMALL = 1e-20
+"""What a row counts that nothing was asked of: where that holds for a whole group, its rows count alike."""
+
 Compared = Callable[[nn.Module, Callable[..., Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 """Calls a function of tensors on groups of examples, each with parameters of its own for a block; gives its result and these parameters."""
 
@@ -62,7 +65,7 @@ def walk(
     first = 0 if needs_input else next(i for i, own in enumerate(of_block) if own)
     groups = group_rows(notes[min(1, len(notes) - 1)].hidden, budget.groups)
     wide = torch.promote_types(delta.dtype, torch.float32)  # ranks must not depend on a weight's rounding
-    asked = delta.norm(dim=-1, keepdim=True, dtype=wide)
+    asked = delta.norm(dim=-1, keepdim=True, dtype=wide) + _SMALL
     for i in reversed(range(first, len(parts))):
         member = follow_singly(groups, asked, budget.singly)
         weights = row_weights(member, asked)

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.device
 
 MOST = {
     "plain": (StepPlan(), 1000),
-    "predicted": (StepPlan(0.25, first_row=True, seed=1), 2600),
-    "predicted and measuring": (StepPlan(0.25, measure=8, first_row=True, seed=1), 15500),
+    "predicted": (StepPlan(0.25, first_row=True, seed=1), 2000),
+    "predicted and measuring": (StepPlan(0.25, measure=8, first_row=True, seed=1), 5000),
 }
 
 
