@@ -232,11 +232,14 @@ def phases(trace: Trace) -> Iterator[None]:
     before = hf_lgp.call.walk
 
     def walk(*args: Any, **kwargs: Any) -> Any:
-        outer, trace.phase = trace.phase, "walk"
-        try:
-            return before(*args, **kwargs)
-        finally:
+        steps = before(*args, **kwargs)
+        while True:
+            outer, trace.phase = trace.phase, "walk"
+            step = next(steps, None)
             trace.phase = outer
+            if step is None:
+                return
+            yield step
 
     hf_lgp.call.walk = walk
     try:
@@ -275,7 +278,7 @@ def steps_of(vit: str, batches: list[int], fraction: float, budget: RowBudget) -
         "predicted": StepPlan(fraction, first_row=True, seed=1),
         "measuring": StepPlan(fraction, measure=MEASURED, first_row=True, seed=1),
     }
-    for cached in (control_weights, identity_order, row_groups._patterns):
+    for cached in (control_weights, identity_order, row_groups._patterns, row_groups._alone):
         cached.cache_clear()
     steps: dict[str, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -26,9 +26,10 @@ from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows.block import noting
+from hf_lgp.rows.leaves import leaves_of
 from hf_lgp.rows.notes import BlockNotes
 from hf_lgp.rows.parts import BlockParts, forward_replaced
-from hf_lgp.rows.walk import RowBudget, summed, walk
+from hf_lgp.rows.walk import HowToWalk, RowBudget, walk
 
 Gradients = dict[str, Tensor]
 
@@ -101,19 +102,20 @@ def predicted_gradients(
 
     replaced = [(part.block, noted(part, part.block.forward)) for part in parts]
     named = dict(model.named_parameters())
-    inside = [p for part in parts for p in part.block.parameters()]
+    leaves = leaves_of([part.block for part in parts], None)
     with forward_replaced(*replaced), method.splice(StepPlan(first_row=True), lambda _: None):
         loss = model(**example).loss
     delta, *behind = torch.autograd.grad(loss, [left[-1], *named.values()], allow_unused=True)
     predictions = {}
     for budget in budgets:
-        steps = walk(parts, notes, delta, inside, budget, True, intercepted_attention)
-        of_h0, of_parameters = summed(steps, parts, inside)
+        own: dict[int, Tensor | None] = {}
+        for step in walk(parts, notes, delta, leaves, HowToWalk(budget, intercepted_attention)):
+            own.update(step.own)
+            of_h0 = step.of_hidden
         before = torch.autograd.grad(
             entered[0], list(named.values()), of_h0, allow_unused=True, retain_graph=budget != budgets[-1]
         )
         found = {n: b if b is not None else a for n, a, b in zip(named, before, behind, strict=True)}
-        own = dict(zip(map(id, inside), of_parameters, strict=True))
         found |= {name: own[id(p)] for name, p in named.items() if own.get(id(p)) is not None}
         predictions[budget] = {n: torch.zeros_like(p) if found[n] is None else found[n] for n, p in named.items()}
     return predictions

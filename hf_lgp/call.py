@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .control.measurement import GroupSpread
+from .control.measurement import Comparison, GroupSpread
 from .control.plan import StepPlan, draw_order, identity_order, private_seed
-from .estimator import control_size
+from .estimator import control_scale, control_size, control_weights
+from .rows.leaves import leaves_of
 from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
-from .rows.parts import BlockParts, Intercept
-from .rows.walk import Compared, RowBudget, Walked, summed, walk
+from .rows.parts import BlockParts
+from .rows.walk import HowToWalk, Walked, walk
 from .sealed import Sealed
-from .splice import Combine, Enter, Predicted
-from .streams import ComparedStream, Stream
+from .splice import Gradients, Spliced
+from .streams import ControlStream, Stream
 
 Observed = Callable[[GroupSpread], None]
 """Is told what a measuring call measured."""
-
-
-@dataclass(frozen=True)
-class HowToWalk:
-    """What the walk needs besides the notes."""
-
-    budget: RowBudget
-    intercept: Intercept  # gives a context in which attention goes to another function
-    vectorized: bool = True  # whether ``torch.vmap`` runs the blocks on groups of examples
 
 
 class Call:
@@ -50,30 +41,30 @@ class Call:
         how: HowToWalk,
         observed: Observed,
     ) -> None:
-        self.parts, self.unbatched, self.how, self.observed = parts, unbatched, how, observed
+        kind = h0.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.parts, self.unbatched, self.observed, self.how = parts, unbatched, observed, replace(how, half=half)
         self.m, self.controls = len(h0), control_size(len(h0), plan.fraction)
         self.whole = self.controls == self.m
         seed, device = private_seed(plan.seed, number), h0.device
         self.order, self.inverse = identity_order(self.m, device) if self.whole else draw_order(self.m, seed, device)
-        kind = device.type
-        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.h0, self.sealed = h0, Sealed.of(h0)
-        self.parameters = [p for part in parts for p in part.block.parameters() if p.requires_grad]
-        self.control, self.stand_in = h0, h0
-        if not self.whole:
-            self.control, self.stand_in = Enter.apply(h0, self.order, self.inverse, self.controls)
+        blocks = [part.block for part in parts]
+        self.parameters = {id(p): p for block in blocks for p in block.parameters() if p.requires_grad}
+        self.leaves = leaves_of(blocks, half)
+        trained = (i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+        self.first = 0 if h0.requires_grad else next(trained, len(parts))
         groups = min(plan.measure, self.controls)
-        compared = self.controls // groups * groups if groups else 0
-        parts_of_control = [slice(0, compared), slice(compared, self.controls)]
-        self.streams: list[Stream] = []
-        for part in parts_of_control:
-            if part.start < part.stop:
-                rows = self._of_control(part)
-                own = ComparedStream(part, rows, groups, how.vectorized) if part.stop == compared else None
-                self.streams.append(own or Stream(part, rows, graph=True))
-        if not self.whole:
-            part = slice(self.controls, self.m)
-            self.streams.append(Stream(part, h0.detach().index_select(0, self.order[part]), graph=False))
+        apart = self.controls // groups * groups if groups else 0
+        rows = h0.detach() if self.whole else h0.detach().index_select(0, self.order)
+        bounds = [slice(0, apart), slice(apart, self.controls), slice(self.controls, self.m)]
+        grouped, control, others = (slice_ if slice_.start < slice_.stop else None for slice_ in bounds)
+        self.control = [
+            ControlStream(part, rows[part], groups if part is grouped else 0, how.vectorized)
+            for part in (grouped, control)
+            if part is not None
+        ]
+        self.streams = [*self.control, *([Stream(others, rows[others])] if others is not None else [])]
         self.notes: list[BlockNotes] = []
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -98,9 +89,14 @@ class Call:
         kwargs = {key: self._ordered(key, value) for key, value in kwargs.items()}
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
         entered = [stream.rows.detach() for stream in self.streams]
-        hidden = torch.cat(entered) if len(entered) > 1 else entered[0]
+        whole = len(entered) == 1
+        hidden = entered[0] if whole else torch.cat(entered)
         notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
-        told = [s.block(part, forward, notes if len(entered) == 1 else notes.take(s.examples)) for s in self.streams]
+        needs_input = self._needs_input(self.done)
+        told = [
+            stream.block(part, forward, notes if whole else notes.take(stream.examples), self.leaves, needs_input)
+            for stream in self.streams
+        ]
         self.notes.append(replace(notes, stream=joined([noted for _, noted in told])))
         return told[0][0]
 
@@ -119,33 +115,72 @@ class Call:
     def finish(self) -> Tensor:
         """The stack's output for all examples, in their own order, shape ``(m, T, D)``."""
         self._selected.clear()
-        control = [self._value(stream) for stream in self.streams if stream.examples.stop <= self.controls]
-        value = control[0] if len(control) == 1 else torch.cat(control)
-        if self.whole:
-            return value
-        predicted = Predicted.apply(self.stand_in, self._predict, *self.parameters)
-        return Combine.apply(value, predicted, self.streams[-1].rows, self.order)
+        left = [stream.rows for stream in self.streams]
+        value = left[0]
+        if len(left) > 1:
+            value = value.new_empty(self.m, *value.shape[1:])
+            for stream, rows in zip(self.streams, left, strict=True):
+                value.index_copy_(0, self.order[stream.examples], rows)
+        return Spliced.apply(self.h0, value, self._pull, *self.parameters.values())
 
-    def _value(self, stream: Stream) -> Tensor:
-        if not isinstance(stream, ComparedStream):
-            return stream.rows
-        walked = partial(self._walked, [block.take(stream.examples) for block in self.notes])
-        entered = self._of_control(stream.examples)
-        return stream.joined(entered, self.parts, self.parameters, walked, self.observed)
+    def _needs_input(self, i: int) -> bool:
+        """Whether the gradient of what enters a block is wanted."""
+        return i > self.first or (i == self.first and self.h0.requires_grad)
 
-    def _of_control(self, part: slice) -> Tensor:
-        return self.control if part == slice(0, self.controls) else self.control[part]
+    def _walk(self, delta: Tensor, notes: Sequence[BlockNotes], groups: int = 0) -> Iterator[Walked]:
+        needs_input = self._needs_input(self.first)
+        return walk(self.parts, notes, delta, self.leaves, self.how, self.first, needs_input, groups)
 
-    def _walked(self, notes: Sequence[BlockNotes], delta: Tensor, compared: Compared | None = None) -> Iterator[Walked]:
-        needs_input, how = self.h0.requires_grad, self.how
-        device, dtype, enabled = self.autocast  # the forward's: a backward runs outside it
-        steps = walk(self.parts, notes, delta, self.parameters, how.budget, needs_input, how.intercept, compared)
-        while True:
-            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+    def _pull(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Formula (1): from ``dL/dH``, the estimated gradients of ``h0`` and of the parameters."""
+        gradients, comparison, m = Gradients(self.parameters), Comparison(), self.m
+        walked: Iterator[Walked] | None = None
+        if not self.whole:
+            delta = delta.index_select(0, self.order)
+            weights = control_weights(m, self.controls, delta.dtype, delta.device)
+            walked = self._walk(delta * weights.view(m, 1, 1), self.notes)
+            delta = control_scale(m, self.controls) * delta[: self.controls]
+        arrived: list[Any] = [delta[stream.examples] for stream in self.control]
+        compared: Iterator[Walked] | None = None
+        if self.control[0].groups:
+            notes = [block.take(self.control[0].examples) for block in self.notes]
+            compared = self._walk(arrived[0], notes, self.control[0].groups)
+        of_rows = None
+        for _ in range(self.first, len(self.parts)):
+            exact: dict[int, Tensor | None] = {}
+            for k, stream in enumerate(self.control):
+                arrived[k], own = stream.pull(arrived[k])
+                if compared is not None and stream.groups:
+                    own = self._compare(comparison, stream.groups, next(compared), own, arrived[k])
+                exact = {key: _added(g, own[key]) for key, g in exact.items()} if exact else own
+            if walked is None:
+                gradients.add_exact(exact)
+            else:
+                step = next(walked)
+                gradients.add(exact, step.own)
+                of_rows = step.of_hidden
+        if compared is not None:
+            self.observed(comparison.spread())
+        of_h0, of_parameters = gradients.totals(of_rows)
+        if not self._needs_input(self.first):
+            return None, of_parameters
+        if of_h0 is None:
+            return arrived[0] if len(arrived) == 1 else torch.cat(arrived), of_parameters
+        for stream, rows in zip(self.control, arrived, strict=True):
+            of_h0[stream.examples] += rows
+        return of_h0.index_select(0, self.inverse), of_parameters
 
-    def _predict(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        return summed(self._walked(self.notes, delta), self.parts, self.parameters)
+    def _compare(
+        self, comparison: Comparison, groups: int, step: Walked, exact: dict[int, Tensor | None], of_rows: Tensor | None
+    ) -> dict[int, Tensor | None]:
+        """Compare a block's gradients group by group, and those of the rows that entered the first; gives the sums of the exact ones."""
+        later = {id(p) for part in self.parts[self.first : step.index] for p in part.block.parameters()}
+        sums = comparison.add(exact, step.own, later)
+        if step.index == self.first and of_rows is not None and step.of_hidden is not None:
+            one, other = (t.unflatten(0, (groups, -1)).sum(1) for t in (of_rows, step.of_hidden))
+            comparison.add({0: one}, {0: other}, ())
+        return {key: sums.get(key) for key in exact}
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import HowToWalk
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan
 from .linear.predictor import LinearPredictor
 from .linear.trunk import find_trunk, spliced_trunk
 from .rows.parts import Intercept
-from .rows.walk import RowBudget
+from .rows.walk import HowToWalk, RowBudget
 from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
 from .verify import evaluating, unrandom, verified

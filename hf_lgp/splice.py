@@ -12,103 +12,87 @@ Prediction with Control Variates*, arXiv 2511.05187.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .estimator import control_scale, control_weights
-
-Predict = Callable[[Tensor], tuple[Tensor | None, Sequence[Tensor | None]]]
-"""From weighted ``delta (m, T, D)``, control examples first, the predicted gradients of ``h0`` in the same order and of the parameters."""
+Pull = Callable[[Tensor], tuple[Tensor | None, Sequence[Tensor | None]]]
+"""From ``delta (m, T, D)``, the gradients of ``h0`` and of the parameters."""
 
 
-class Enter(torch.autograd.Function):
-    """``h0`` of the control examples, and a tensor shaped like all of ``h0`` without values, from which :class:`Predicted` starts.
-
-    Backward, what comes back through either, in the call's order, is added and brought into the examples' own.
-    """
+class Spliced(torch.autograd.Function):
+    """``H`` as a function of ``h0`` and of the stack's parameters: its values are given, its backward is another function."""
 
     @staticmethod
-    def forward(ctx: Any, h0: Tensor, order: Tensor, inverse: Tensor, controls: int) -> tuple[Tensor, Tensor]:
-        ctx.inverse, ctx.controls = inverse, controls
-        return h0.index_select(0, order[:controls]), h0.new_zeros(()).expand(h0.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_control: Tensor, predicted: Tensor) -> tuple[Any, ...]:
-        predicted[: ctx.controls] += of_control  # nobody else holds it
-        return predicted.index_select(0, ctx.inverse), None, None, None
-
-
-class Predicted(torch.autograd.Function):
-    """Stands for the predictor in the graph: its backward gives ``h0``, in the call's order, and the parameters their predicted gradients.
-
-    Its output has the shape of ``H`` and no values.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h0: Tensor, predict: Predict, *parameters: Tensor) -> Tensor:
-        ctx.predict = predict
-        return h0.new_zeros(()).expand(h0.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        of_h0, of_parameters = _finite_or_none_at_all(*ctx.predict(delta))
-        return of_h0, None, *of_parameters
-
-
-def _finite_or_none_at_all(
-    of_h0: Tensor | None, of_parameters: Sequence[Tensor | None]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The predictions, or zeros for all where one is not finite: control examples have their exact gradients. Nothing waits for the device."""
-    there = [g for g in of_parameters if g is not None]
-    if of_h0 is None and not there:
-        return None, [None for _ in of_parameters]
-    sums = [] if of_h0 is None else [of_h0.sum(dtype=torch.promote_types(of_h0.dtype, torch.float32))]
-    if there:  # as one, since every tensor by itself would cost a launch
-        flat = torch.cat([g.flatten() for g in there])
-        sums.append(flat.sum(dtype=torch.promote_types(flat.dtype, torch.float32)))
-    bad = (sums[0] + sums[-1]).mul(0.0).ne(0.0)
-    if there:
-        pieces = iter(flat.masked_fill_(bad, 0.0).split([g.numel() for g in there]))
-    return (
-        None if of_h0 is None else of_h0.masked_fill_(bad, 0.0),
-        [None if g is None else next(pieces).view_as(g).to(g.dtype) for g in of_parameters],
-    )
-
-
-class Combine(torch.autograd.Function):
-    """The values of all examples from those of both streams; backward, ``delta`` is split and weighted as (1) says."""
-
-    @staticmethod
-    def forward(ctx: Any, control: Tensor, predicted: Tensor, others: Tensor, order: Tensor) -> Tensor:
-        ctx.order, ctx.controls = order, len(control)
-        value = control.new_empty(len(order), *control.shape[1:])
-        return value.index_copy_(0, order[: len(control)], control).index_copy_(0, order[len(control) :], others)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        delta = delta.index_select(0, ctx.order)
-        m, controls = len(delta), ctx.controls
-        weights = control_weights(m, controls, delta.dtype, delta.device).view(m, *[1] * (delta.dim() - 1))
-        return control_scale(m, controls) * delta[:controls], weights * delta, None, None
-
-
-class Apart(torch.autograd.Function):
-    """Control examples that were run by a graph of their own, which only this function's backward walks."""
-
-    @staticmethod
-    def forward(ctx: Any, control: Tensor, value: Tensor, pull: Predict, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, h0: Tensor, value: Tensor, pull: Pull, *parameters: Tensor) -> Tensor:
         ctx.pull = pull
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        of_control, of_parameters = ctx.pull(delta)
-        return of_control, None, None, *of_parameters
+        of_h0, of_parameters = ctx.pull(delta)
+        return of_h0, None, None, *of_parameters
+
+
+class Gradients:
+    """Sums of exact and predicted gradients, by parameter; both terms of (1), whose weights are in ``delta`` already.
+
+    A step whose predictions are not finite has none: control examples have their exact gradients. Nothing waits for the device to know.
+    """
+
+    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
+        self._parameters = parameters
+        self._pieces: list[tuple[Sequence[int], Sequence[Tensor], Tensor]] = []  # keys, exact gradients, predicted ones
+        self._totals: dict[int, Tensor] = {}
+        self._checks: list[Tensor] = []
+
+    def add_exact(self, exact: Mapping[int, Tensor | None]) -> None:
+        """Add a block's gradients where nothing is predicted, by parameter; blocks may share some."""
+        for key, gradient in exact.items():
+            if gradient is not None:
+                self._sum(key, gradient)
+
+    def add(self, exact: Mapping[int, Tensor | None], predicted: Mapping[int, Tensor | None]) -> None:
+        """Add a block's gradients of both kinds, perhaps in half precision."""
+        by_type: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, Tensor, Tensor]]] = {}
+        for key, g in exact.items():
+            p = predicted[key]
+            if (like := p if g is None else g) is not None:
+                triple = key, torch.zeros_like(like) if g is None else g, torch.zeros_like(like) if p is None else p
+                by_type.setdefault((like.dtype, self._parameters[key].dtype), []).append(triple)
+        for triples in by_type.values():  # as one tensor each, since every launch costs
+            keys, exacts, predictions = zip(*triples, strict=True)
+            flat = torch.cat([p.flatten() for p in predictions])
+            self._check(flat)
+            self._pieces.append((keys, exacts, flat))
+
+    def _check(self, t: Tensor) -> None:
+        self._checks.append(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)))
+
+    def _sum(self, key: int, gradient: Tensor) -> None:
+        gradient = gradient.to(self._parameters[key].dtype)
+        self._totals[key] = self._totals[key] + gradient if key in self._totals else gradient
+
+    def totals(self, of_rows: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The predicted gradient of rows, if it is finite along with all others, and the sums, None for a parameter that has none."""
+        if of_rows is not None:
+            self._check(of_rows)
+        if self._checks:
+            bad = torch.stack(self._checks).mul_(0.0).sum() != 0.0
+        for keys, exact, flat in self._pieces:
+            total = flat.masked_fill_(bad, 0.0).to(self._parameters[keys[0]].dtype)
+            pieces = total.split([g.numel() for g in exact])
+            pieces = [piece.view_as(g) for piece, g in zip(pieces, exact, strict=True)]
+            if total.dtype == exact[0].dtype:
+                torch._foreach_add_(pieces, list(exact))
+            else:
+                total.add_(torch.cat([g.flatten() for g in exact]))
+            for key, piece in zip(keys, pieces, strict=True):
+                self._sum(key, piece)
+        self._pieces.clear()
+        of_rows = None if of_rows is None else of_rows.masked_fill_(bad, 0.0)
+        return of_rows, [self._totals.get(key) for key in self._parameters]

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Call, HowToWalk, Observed
+from .call import Call, Observed
 from .control.plan import StepPlan
 from .rows.block import first_row_of_block
 from .rows.notes import map_tensors
 from .rows.parts import BlockParts, Intercept, NothingTrained, UnknownBlock, forward_replaced, heard, parts_of
+from .rows.walk import HowToWalk
 from .sealed import FirstRow, Sealed, SpliceError
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .call import HowToWalk
 from .control.plan import StepPlan
 from .rows.parts import UnknownBlock
+from .rows.walk import HowToWalk
 from .sealed import SpliceError
 from .stack import Stack, spliced
 
@@ -57,7 +57,7 @@ def verified(
                 return "its gradient is another one when its blocks are run by themselves"
         return None
 
-    by_group = StepPlan(measure=2, first_row=True)
+    by_group, training = StepPlan(measure=2, first_row=True), model.training
     with evaluating(model):
         plain, exact = run((), StepPlan(all_control=True))
         stacks = [replace(stack, first_row_only=False) for stack in stacks]
@@ -78,8 +78,9 @@ def verified(
         if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
         vectorized = _runs(lambda: same(stacks, by_group, 4.0) is None)
-    # In training some blocks do what they do not do in evaluation.
-    vectorized = vectorized and _runs(lambda: bool(run(stacks, by_group)))
+        for part in (part for stack in stacks for part in stack.parts):
+            part.block.train(training)  # where some do what they do not do in evaluation
+        vectorized = vectorized and _runs(lambda: bool(run(stacks, by_group)))
     return tuple(stacks), replace(how, vectorized=vectorized)
 
 

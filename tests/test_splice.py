@@ -1,4 +1,4 @@
-"""The two streams' backward, by itself: weights, order, and predictions that are not finite."""
+"""Formula (1) on a stack of one product: weights, order, leaves in half precision, and predictions that are not finite."""
 
 from __future__ import annotations
 
@@ -6,68 +6,64 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_lgp.splice import Apart, Combine, Enter, Predicted
-
-M, CONTROLS = 5, 2
+from hf_lgp.splice import Gradients, Spliced
 
 
-def spliced(predict: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``H`` of five examples, its input, a parameter, and the order of the examples."""
-    h0 = torch.randn(M, 3, dtype=torch.float64, requires_grad=True)
-    parameter = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    inverse = order.argsort()
-    control, stand_in = Enter.apply(h0, order, inverse, CONTROLS)
-    others = (h0[order[CONTROLS:]] * parameter).detach()
-    out = Combine.apply(control * parameter, Predicted.apply(stand_in, predict, parameter), others, order)
-    return out, h0, parameter, order
+def totals(
+    exact: list[Tensor | None], predicted: list[Tensor | None], of_rows: Tensor | None = None
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Sums for as many parameters, in float32, as there are gradients."""
+    parameters = {k: nn.Parameter(torch.zeros(3)) for k in range(len(exact))}
+    gradients = Gradients(parameters)
+    gradients.add(dict(enumerate(exact)), dict(enumerate(predicted)))
+    return gradients.totals(of_rows)
 
 
-def test_every_example_has_its_own_value() -> None:
-    out, h0, parameter, _ = spliced(lambda delta: (None, [None]))
-    torch.testing.assert_close(out, h0 * parameter)
+def test_the_backward_is_the_function_that_was_given() -> None:
+    h0, parameter = torch.randn(2, 3, requires_grad=True), nn.Parameter(torch.randn(3))
+    value, seen = torch.randn(2, 3), list[Tensor]()
+
+    def pull(delta: Tensor) -> Any:
+        seen.append(delta)
+        return 2 * delta, [delta.sum(0)]
+
+    out = Spliced.apply(h0, value, pull, parameter)
+    assert torch.equal(out, value)
+    of_h0, of_parameter = torch.autograd.grad(out, [h0, parameter], torch.ones(2, 3))
+    assert torch.equal(of_h0, torch.full((2, 3), 2.0)) and torch.equal(of_parameter, torch.full((3,), 2.0))
+    assert len(seen) == 1
 
 
-def test_a_perfect_prediction_gives_the_exact_gradient() -> None:
-    delta = torch.randn(M, 3, dtype=torch.float64)
-    known: dict[str, Tensor] = {}
-
-    def predict(weighted: Tensor) -> Any:
-        return weighted * known["parameter"], [(weighted * known["h0"]).sum(0)]
-
-    out, h0, parameter, order = spliced(predict)
-    known.update(parameter=parameter.detach(), h0=h0.detach()[order])
-    of_h0, of_parameter = torch.autograd.grad(out, [h0, parameter], delta)
-    torch.testing.assert_close(of_h0, delta * parameter)
-    torch.testing.assert_close(of_parameter, (delta * h0).sum(0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_and_predicted_gradients_are_added_in_the_parameters_precision(dtype: torch.dtype) -> None:
+    one, other = torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.tensor([2.0**-9, 0.0, 0.0], dtype=dtype)
+    of_rows, (total,) = totals([one], [other], torch.ones(2))
+    assert total is not None and total.dtype == torch.float32 and of_rows is not None
+    assert total.tolist() == [1.0 + 2.0**-9, 2.0, 3.0]
 
 
-def test_without_a_prediction_control_examples_count_for_all() -> None:
-    delta = torch.randn(M, 3, dtype=torch.float64)
-    out, h0, parameter, order = spliced(lambda weighted: (torch.zeros_like(weighted), [None]))
-    (of_parameter,) = torch.autograd.grad(out, [parameter], delta)
-    chosen = order[:CONTROLS]
-    torch.testing.assert_close(of_parameter, M / CONTROLS * (delta * h0)[chosen].sum(0))
+def test_what_is_missing_counts_as_zero() -> None:
+    g = torch.ones(3)
+    _, found = totals([g, None, None], [None, g, None])
+    assert found[2] is None and all(torch.equal(t, g) for t in found[:2] if t is not None)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_predictions_that_are_not_finite_are_left_out_whole(bad: float) -> None:
-    delta = torch.randn(M, 3, dtype=torch.float64)
-    gradients = []
-    for of_parameter in (torch.zeros(3), torch.tensor([1.0, bad, 2.0])):
-        torch.manual_seed(0)
-        out, h0, parameter, _ = spliced(lambda weighted, p=of_parameter: (torch.zeros_like(weighted), [p.double()]))
-        gradients.append(torch.autograd.grad(out, [h0, parameter], delta))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+@pytest.mark.parametrize("where", ["parameter", "rows"])
+def test_predictions_that_are_not_finite_are_left_out_whole(bad: float, where: str) -> None:
+    exact: list[Tensor | None] = [torch.ones(3), torch.ones(3)]
+    predicted: list[Tensor | None] = [torch.ones(3), torch.ones(3)]
+    of_rows = torch.ones(2, 3)
+    (of_rows if where == "rows" else predicted[1])[..., 1] = bad  # type: ignore[index]
+    of_rows, found = totals(exact, predicted, of_rows)
+    assert of_rows is not None and torch.equal(of_rows, torch.zeros(2, 3))
+    assert all(torch.equal(t, torch.ones(3)) for t in found if t is not None)
 
 
-def test_examples_apart_are_pulled_by_their_own_function() -> None:
-    control = torch.randn(2, 3, requires_grad=True)
-    value, seen = torch.randn(2, 3), []
-    out = Apart.apply(control, value, lambda delta: (seen.append(delta) or 2 * delta, []))
-    assert torch.equal(out, value)
-    (gradient,) = torch.autograd.grad(out, [control], torch.ones(2, 3))
-    assert torch.equal(gradient, 2 * torch.ones(2, 3)) and len(seen) == 1
+def test_blocks_may_share_a_parameter() -> None:
+    gradients = Gradients({7: nn.Parameter(torch.zeros(3))})
+    gradients.add({7: torch.ones(3)}, {7: torch.ones(3)})
+    gradients.add({7: torch.ones(3)}, {7: None})
+    assert torch.equal(gradients.totals(None)[1][0], torch.full((3,), 3.0))

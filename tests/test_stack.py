@@ -11,11 +11,10 @@ from architectures import ARCHITECTURES, EXAMPLES, inputs_of, model_of
 from torch import Tensor, nn
 
 from hf_lgp.attention_interface import intercepted_attention
-from hf_lgp.call import HowToWalk
 from hf_lgp.control.measurement import GroupSpread
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.rows.parts import UnknownBlock
-from hf_lgp.rows.walk import RowBudget
+from hf_lgp.rows.walk import HowToWalk, RowBudget
 from hf_lgp.sealed import SpliceError
 from hf_lgp.stack import Stack, find_stacks, spliced
 
@@ -98,8 +97,8 @@ def test_what_is_measured_is_the_spread_of_the_groups_sums(monkeypatch: pytest.M
     torch.testing.assert_close(spread.residual, spread.total)
 
 
-def no_prediction(parts: Any, notes: Any, weights: Tensor, arriving: Tensor, parameters: Any, *_: Any) -> Any:
-    return torch.zeros_like(arriving), torch.zeros_like(notes.hidden), [None] * len(parameters)
+def no_prediction(parts: Any, notes: Any, weights: Tensor, arriving: Tensor, leaves: Any, *_: Any) -> Any:
+    return torch.zeros_like(arriving), torch.zeros_like(notes.hidden), dict.fromkeys(leaves)
 
 
 def test_a_tensor_whose_first_dimension_happens_to_be_the_batch_is_left_whole() -> None:

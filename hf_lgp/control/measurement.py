@@ -6,7 +6,7 @@ gradients; only their ratio matters, so the groups' size cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +23,60 @@ class GroupSpread:
     total: Tensor  # ``sigma^2`` of each, times the same, shape ``(n,)``
 
 
-def compare(exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> tuple[list[Tensor], GroupSpread]:
-    """The sums of exact gradients over groups, and the spreads; all gradients have shape ``(G, ...)``."""
-    sizes, groups = [t[0].numel() for t in exact], len(exact[0])
+class Comparison:
+    """Exact and predicted gradients of groups of examples, compared block by block."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._spreads: list[GroupSpread] = []
+
+    def add(
+        self, exact: Mapping[int, Tensor | None], predicted: Mapping[int, Tensor | None], later: Container[int]
+    ) -> dict[int, Tensor]:
+        """Compare gradients of shape ``(G, ...)``, by key, those aside that come again ``later``: blocks may share parameters.
+
+        Returns:
+            The sums of exact gradients over groups.
+        """
+        sums: dict[int, Tensor] = {}
+        by_type: dict[torch.dtype, dict[int, tuple[Tensor, Tensor]]] = {}
+        for key, g in exact.items():
+            if g is None:
+                continue
+            p = predicted.get(key)
+            pair = g, torch.zeros_like(g) if p is None else p
+            if key in later or key in self._pending:
+                sums[key] = g.sum(0)
+                before = self._pending.pop(key, None)
+                pair = pair if before is None else (before[0] + pair[0], before[1] + pair[1])
+            if key in later:
+                self._pending[key] = pair
+            else:
+                by_type.setdefault(g.dtype, {})[key] = pair
+        for pairs in by_type.values():
+            of_groups, spread = _compared(*zip(*pairs.values(), strict=True))
+            self._spreads.append(spread)
+            sums = {**dict(zip(pairs, of_groups, strict=True)), **sums}
+        return sums
+
+    def spread(self) -> GroupSpread:
+        """The spreads of all that was compared."""
+        residual, total = ([getattr(each, name) for each in self._spreads] for name in ("residual", "total"))
+        return GroupSpread(torch.cat(residual), torch.cat(total))
+
+
+def _compared(exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> tuple[list[Tensor], GroupSpread]:
+    """The sums over groups of exact gradients ``(G, ...)`` of one dtype, and the spreads; all at once, since every launch costs."""
+    groups, sizes = len(exact[0]), [t[0].numel() for t in exact]
     flat = torch.cat([t.flatten(1) for t in exact], 1)
     residual = flat - torch.cat([t.flatten(1) for t in predicted], 1)
-    sums = [t.sum(0).split(sizes) for t in (residual, flat)]
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    sums = [t.sum(0, dtype=wide).split(sizes) for t in (residual, flat)]
     spreads = [
         spread(_squared_norms(of_sum), _squared_norms(t.split(sizes, 1)), groups)
         for of_sum, t in zip(sums, (residual, flat), strict=True)
     ]
-    return [s.view(t.shape[1:]).to(t.dtype) for s, t in zip(sums[1], exact, strict=True)], GroupSpread(*spreads)
+    return [s.view(t.shape[1:]) for s, t in zip(sums[1], exact, strict=True)], GroupSpread(*spreads)
 
 
 class GroupSums:

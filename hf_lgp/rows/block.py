@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend_folded, attend_plainly, rows_of_bias
+from .groups import mean_rows
 from .norms import norm_of_means, noted_norm
 from .notes import BlockNotes, StreamNotes
 from .parts import BlockParts, Intercept, forward_replaced
@@ -133,7 +134,7 @@ def _norm_of_rows(norm: nn.LayerNorm, notes: BlockNotes, weights: Tensor) -> _Fo
     def forward(rows: Tensor) -> Tensor:
         if rows.dim() != 3:
             return type(norm).forward(norm, rows)
-        return norm_of_means(norm, rows, weights.mT @ next(scales).to(weights.dtype))
+        return norm_of_means(norm, rows, mean_rows(weights, next(scales)))
 
     return forward
 

@@ -73,3 +73,9 @@ def row_weights(member: Tensor, asked: Tensor) -> Tensor:
     """
     weights = member * asked
     return weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
+
+
+def mean_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """Weighted means of rows ``(m, T, D)``: shape ``(m, S, D)``, in the rows' dtype, autocast or not."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return weights.mT.to(rows.dtype) @ rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_lgp.control.measurement import GroupSums
+from hf_lgp.control.measurement import Comparison, GroupSums
 
 
 def test_groups_of_one_have_the_examples_own_spread() -> None:
@@ -38,3 +38,15 @@ def test_a_constant_gradient_has_no_spread() -> None:
     for _ in range(4):
         sums.add([torch.ones(3)], [torch.zeros(3)])
     assert float(sums.spread().total.max()) == 0.0
+
+
+def test_blocks_compared_at_once_tell_the_same_and_what_they_share_is_compared_as_one() -> None:
+    exact, predicted = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
+    sums, comparison = GroupSums(), Comparison()
+    for g, p in zip(exact, predicted, strict=True):
+        sums.add([g[0] + g[1], g[2]], [p[0] + p[1], p[2]])
+    found = comparison.add({1: exact[:, 0], 2: None}, {1: predicted[:, 0], 2: None}, later={1})
+    assert found.keys() == {1} and torch.equal(found[1], exact[:, 0].sum(0))
+    comparison.add({1: exact[:, 1], 3: exact[:, 2]}, {1: predicted[:, 1], 3: predicted[:, 2]}, later=())
+    one, other = comparison.spread(), sums.spread()
+    torch.testing.assert_close([one.residual, one.total], [other.residual, other.total])

@@ -11,15 +11,23 @@ from torch import Tensor
 
 import hf_lgp.rows.walk
 from hf_lgp.attention_interface import intercepted_attention
-from hf_lgp.call import Call, HowToWalk
+from hf_lgp.call import Call
 from hf_lgp.control.plan import StepPlan
-from hf_lgp.rows.walk import RowBudget, summed, walk
+from hf_lgp.rows.leaves import leaves_of
+from hf_lgp.rows.walk import HowToWalk, RowBudget, walk
 from hf_lgp.stack import Stack, find_stacks, spliced
 
 
-def walked(stack: Stack, notes: Any, delta: Tensor, parameters: Any, budget: RowBudget, needs_input: bool) -> Any:
-    steps = walk(stack.parts, notes, delta, parameters, budget, needs_input, intercepted_attention)
-    return summed(steps, stack.parts, parameters)
+def walked(
+    stack: Stack, notes: Any, delta: Tensor, budget: RowBudget, first: int = 0, needs_input: bool = True
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """Gradients of the input and, by their identity, of the parameters."""
+    leaves = leaves_of([part.block for part in stack.parts], None)
+    sums: dict[int, Tensor] = {}
+    how = HowToWalk(budget, intercepted_attention)
+    for step in walk(stack.parts, notes, delta, leaves, how, first, needs_input):
+        sums.update({key: g for key, g in step.own.items() if g is not None})
+    return step.of_hidden, sums
 
 
 def noted(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Stack, Call, Tensor]:
@@ -46,11 +54,11 @@ def test_with_every_row_followed_the_walk_is_the_backward(name: str, monkeypatch
     delta, rows = torch.randn_like(out), out.shape[1]
     each = torch.eye(rows, dtype=out.dtype).expand(EXAMPLES, rows, rows)
     monkeypatch.setattr(hf_lgp.rows.walk, "group_rows", lambda hidden, groups: each)
-    needs_input = call.h0.requires_grad
-    expected = torch.autograd.grad(out, [call.h0] * needs_input + call.parameters, delta, allow_unused=True)
-    of_input, found = walked(stack, call.notes, delta, call.parameters, RowBudget(rows - 1), needs_input)
+    needs_input, parameters = call.h0.requires_grad, call.parameters
+    expected = torch.autograd.grad(out, [call.h0] * needs_input + [*parameters.values()], delta, allow_unused=True)
+    of_input, found = walked(stack, call.notes, delta, RowBudget(rows - 1), call.first, needs_input)
     largest = max(float(g.norm()) for g in expected if g is not None)
-    for one, other in zip([of_input] * needs_input + found, expected, strict=True):
+    for one, other in zip([of_input] * needs_input + [found.get(key) for key in parameters], expected, strict=True):
         a, b = (torch.zeros(1) if g is None else g for g in (one, other))
         assert float((a - b).norm()) <= 1e-9 * max(float(b.norm()), 1e-3 * largest)
 
@@ -61,8 +69,8 @@ def test_the_walk_treats_examples_by_themselves_and_is_linear(name: str, monkeyp
     delta, weights = torch.randn_like(out), torch.tensor([1.0, -3.0, 0.5, 2.0], dtype=out.dtype)
 
     def predicted(notes: Any, delta: Tensor) -> list[Tensor]:
-        found = walked(stack, notes, delta, call.parameters, RowBudget(1, 2), True)[1]
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, call.parameters, strict=True)]
+        found = walked(stack, notes, delta, RowBudget(1, 2))[1]
+        return [found.get(key, torch.zeros_like(p)) for key, p in call.parameters.items()]
 
     together = predicted(call.notes, delta * weights[:, None, None])
     alone = [predicted([n.take(slice(i, i + 1)) for n in call.notes], delta[i : i + 1]) for i in range(EXAMPLES)]
@@ -80,12 +88,12 @@ def test_the_first_row_meets_the_dropout_it_met_in_the_forward(monkeypatch: pyte
     assert len(kept) == 2 and set(torch.cat(kept).unique().tolist()) == {0.0, 2.0}
     delta = torch.zeros_like(out)
     delta[:, 0] = torch.randn(out[:, 0].shape, dtype=out.dtype)
-    exact = torch.autograd.grad(out, call.parameters, delta, allow_unused=True)
-    _, found = walked(stack, call.notes, delta, call.parameters, RowBudget(1, 2), True)
+    exact = torch.autograd.grad(out, list(call.parameters.values()), delta, allow_unused=True)
+    _, found = walked(stack, call.notes, delta, RowBudget(1, 2))
     names = {id(p): n for n, p in model.named_parameters()}
-    for parameter, a, b in zip(call.parameters, found, exact, strict=True):
-        if "layers.2.mlp.fc2" in names[id(parameter)]:  # only the class row has a gradient there
-            torch.testing.assert_close(a, b)
+    for key, b in zip(call.parameters, exact, strict=True):
+        if "layers.2.mlp.fc2" in names[key]:  # only the class row has a gradient there
+            torch.testing.assert_close(found[key], b)
 
 
 def test_frozen_blocks_below_end_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +104,6 @@ def test_frozen_blocks_below_end_the_walk(monkeypatch: pytest.MonkeyPatch) -> No
     own = hf_lgp.rows.walk._walk_block
     monkeypatch.setattr(hf_lgp.rows.walk, "_walk_block", lambda p, *a: visited.append(p.block) or own(p, *a))
     delta = torch.randn_like(out)
-    of_input, found = walked(stack, call.notes, delta, call.parameters, RowBudget(2), False)
+    of_input, found = walked(stack, call.notes, delta, RowBudget(2), call.first, False)
     assert visited == [model.vit.layers[2]] and of_input is None
-    assert all(g is not None for g in found)
+    assert found.keys() == call.parameters.keys()

@@ -29,9 +29,9 @@ def build(base: type[Trainer], args: Any, **options: Any) -> Trainer:
 
 
 def test_the_gradient_is_unbiased_to_bf16s_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_unbiased(
-        build, tmp_path, monkeypatch, tolerance=0.05, bf16=True, label_names=["labels"], remove_unused_columns=False
-    )
+    """Keys' biases, which have no gradient, have noise for one."""
+    options = {"bf16": True, "label_names": ["labels"], "remove_unused_columns": False}
+    assert_unbiased(build, tmp_path, monkeypatch, tolerance=0.05, least=1e-2, **options)
 
 
 def test_it_learns(tmp_path: Path) -> None:
