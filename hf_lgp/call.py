@@ -88,9 +88,8 @@ class Call:
         args = tuple(self._ordered(key, value) for key, value in enumerate(args, start=1))
         kwargs = {key: self._ordered(key, value) for key, value in kwargs.items()}
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
-        entered = [stream.rows.detach() for stream in self.streams]
-        whole = len(entered) == 1
-        hidden = entered[0] if whole else torch.cat(entered)
+        whole = len(self.streams) == 1
+        hidden = self._noted([stream.rows for stream in self.streams])
         notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
         needs_input = self._needs_input(self.done)
         told = [
@@ -99,6 +98,15 @@ class Call:
         ]
         self.notes.append(replace(notes, stream=joined([noted for _, noted in told])))
         return told[0][0]
+
+    def _noted(self, rows: Sequence[Tensor]) -> Tensor:
+        """What enters a block, for the walk: under autocast to bfloat16 in that, which has the range of float32."""
+        if self.how.half != torch.bfloat16:
+            return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+        noted = torch.empty(self.h0.shape, dtype=self.how.half, device=self.h0.device)
+        for stream, own in zip(self.streams, rows, strict=True):
+            noted[stream.examples].copy_(own)
+        return noted
 
     def _ordered(self, key: int | str, value: Any) -> Any:
         """An argument of a block with its examples in the call's order."""

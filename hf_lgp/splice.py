@@ -84,15 +84,11 @@ class Gradients:
         if self._checks:
             bad = torch.stack(self._checks).mul_(0.0).sum() != 0.0
         for keys, exact, flat in self._pieces:
-            total = flat.masked_fill_(bad, 0.0).to(self._parameters[keys[0]].dtype)
-            pieces = total.split([g.numel() for g in exact])
-            pieces = [piece.view_as(g) for piece, g in zip(pieces, exact, strict=True)]
-            if total.dtype == exact[0].dtype:
-                torch._foreach_add_(pieces, list(exact))
-            else:
-                total.add_(torch.cat([g.flatten() for g in exact]))
-            for key, piece in zip(keys, pieces, strict=True):
-                self._sum(key, piece)
+            pieces = flat.masked_fill_(bad, 0.0).split([g.numel() for g in exact])
+            torch._foreach_add_([piece.view_as(g) for piece, g in zip(pieces, exact, strict=True)], list(exact))
+            pieces = flat.to(self._parameters[keys[0]].dtype).split([g.numel() for g in exact])
+            for key, piece, g in zip(keys, pieces, exact, strict=True):
+                self._sum(key, piece.view_as(g))
         self._pieces.clear()
         of_rows = None if of_rows is None else of_rows.masked_fill_(bad, 0.0)
         return of_rows, [self._totals.get(key) for key in self._parameters]

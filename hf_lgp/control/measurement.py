@@ -66,17 +66,14 @@ class Comparison:
 
 
 def _compared(exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> tuple[list[Tensor], GroupSpread]:
-    """The sums over groups of exact gradients ``(G, ...)`` of one dtype, and the spreads; all at once, since every launch costs."""
-    groups, sizes = len(exact[0]), [t[0].numel() for t in exact]
-    flat = torch.cat([t.flatten(1) for t in exact], 1)
-    residual = flat - torch.cat([t.flatten(1) for t in predicted], 1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    sums = [t.sum(0, dtype=wide).split(sizes) for t in (residual, flat)]
+    """The sums over groups of exact gradients ``(G, ...)`` of one dtype, and the spreads."""
+    residual = torch._foreach_sub(list(exact), list(predicted))
+    sums = [[t.sum(0) for t in tensors] for tensors in (residual, exact)]
     spreads = [
-        spread(_squared_norms(of_sum), _squared_norms(t.split(sizes, 1)), groups)
-        for of_sum, t in zip(sums, (residual, flat), strict=True)
+        spread(_squared_norms(of_sums), _squared_norms(tensors), len(exact[0]))
+        for of_sums, tensors in zip(sums, (residual, exact), strict=True)
     ]
-    return [s.view(t.shape[1:]) for s, t in zip(sums[1], exact, strict=True)], GroupSpread(*spreads)
+    return sums[1], GroupSpread(*spreads)
 
 
 class GroupSums:

@@ -120,11 +120,11 @@ def _rows_of_block(
 ) -> Tensor:
     """A block's output for the followed rows, with a graph from them, from all rows as attention reads them and from its parameters."""
     x, normal = hidden, None
+    if isinstance(parts.front, nn.LayerNorm):
+        x, scale = noted_norm(parts.front, hidden)
+        normal = norm_of_means(parts.front, rows, mean_rows(weights, scale))
     with torch.autocast(hidden.device.type, dtype=how.half, enabled=how.half is not None, cache_enabled=False):
-        if isinstance(parts.front, nn.LayerNorm):
-            x, scale = noted_norm(parts.front, hidden)
-            normal = norm_of_means(parts.front, rows, mean_rows(weights, scale))
-        elif parts.front is not None:
+        if parts.front is not None and normal is None:
             x = parts.front(hidden)
             normal = mean_rows(weights, x)
         out = run_rows(parts, notes, x, rows, normal, weights, how.intercept)
