@@ -73,9 +73,7 @@ class FoldedAttention(torch.autograd.Function):
                 d_p = d_p * kept.reshape(d_p.shape)
             d_scores = aten._softmax_backward_data(d_p, p, -1, p.dtype)
             d_folded = (d_scores @ x).view_as(pooled)
-            d_x = (
-                torch.baddbmm(torch.bmm(d_scores.mT, folded), used.mT, from_values) if ctx.needs_input_grad[4] else None
-            )
+            d_x = _two_products(d_scores.mT, folded, used.mT, from_values) if ctx.needs_input_grad[4] else None
             d_bias = None
             if ctx.needs_input_grad[5]:
                 d_bias = d_scores.view(m, s, heads, -1).sum_to_size(ctx.bias_shape)
@@ -135,6 +133,14 @@ def _by_head(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tenso
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """``(m, S, H, a), (m, S, H, b) -> (H, a, b)``: sums of outer products."""
     return torch.bmm(_heads_first(left).mT, _heads_first(right))
+
+
+def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """``a b + c d`` of batches; ``vmap`` knows no products that are added in place, which save a pass over memory."""
+    product = torch.bmm(a, b)
+    if torch._C._functorch.is_batchedtensor(product):
+        return torch.baddbmm(product, c, d)
+    return product.baddbmm_(c, d)
 
 
 def rows_of_bias(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
