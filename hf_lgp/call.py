@@ -60,11 +60,11 @@ class Call:
         bounds = [slice(0, apart), slice(apart, self.controls), slice(self.controls, self.m)]
         grouped, control, others = (slice_ if slice_.start < slice_.stop else None for slice_ in bounds)
         self.control = [
-            ControlStream(part, rows[part], groups if part is grouped else 0, how.vectorized)
+            ControlStream(part, rows[part], self.how, groups if part is grouped else 0)
             for part in (grouped, control)
             if part is not None
         ]
-        self.streams = [*self.control, *([Stream(others, rows[others])] if others is not None else [])]
+        self.streams = [*self.control, *([Stream(others, rows[others], self.how)] if others is not None else [])]
         self.notes: list[BlockNotes] = []
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .control.measurement import GroupSpread
 from .control.plan import StepPlan
 from .linear.predictor import LinearPredictor
 from .linear.trunk import find_trunk, spliced_trunk
+from .rows.leaves import Run, run_eagerly
 from .rows.parts import Intercept
 from .rows.walk import HowToWalk, RowBudget
 from .settings import LGPSettings
@@ -52,16 +53,23 @@ class RowWalk:
 
 
 def row_walk(
-    model: nn.Module, loss: Callable[[int], Any], count: int, budget: RowBudget, intercept: Intercept, half: bool
+    model: nn.Module,
+    loss: Callable[[int], Any],
+    count: int,
+    budget: RowBudget,
+    intercept: Intercept,
+    half: bool,
+    run: Run = run_eagerly,
 ) -> RowWalk:
-    """The row walk for a model, found and verified.
+    """The row walk for a model, found and verified with ``count`` examples; ``run`` calls functions of blocks in training.
 
     Raises:
         UnknownBlock: If its gradients cannot be predicted that way; the message says why.
     """
     with evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
-    return RowWalk(*verified(model, stacks, lambda: loss(count), HowToWalk(budget, intercept), half))
+    stacks, how = verified(model, stacks, lambda: loss(count), HowToWalk(budget, intercept), half)
+    return RowWalk(stacks, replace(how, run=run))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .rows.block import noting
-from .rows.leaves import Leaves, by_group, expanded, standing_in
+from .rows.leaves import Leaves, by_group, expanded
 from .rows.notes import BlockNotes, StreamNotes
 from .rows.parts import BlockParts
+from .rows.walk import HowToWalk
 from .sealed import SpliceError
 
 Forward = Callable[..., Any]
@@ -39,16 +40,31 @@ class Stream:
         rows: What enters the next block, shape ``(n, T, D)``, without a graph.
     """
 
-    def __init__(self, examples: slice, rows: Tensor) -> None:
-        self.examples, self.rows = examples, rows
+    def __init__(self, examples: slice, rows: Tensor, how: HowToWalk) -> None:
+        self.examples, self.rows, self._how = examples, rows, how
 
     def block(
         self, part: BlockParts, forward: Forward, notes: BlockNotes, leaves: Leaves, needs_input: bool
     ) -> tuple[Rest, StreamNotes]:
         """Run a block, whose forward this is; :class:`SpliceError` if it returns something besides its rows."""
-        with torch.no_grad(), standing_in(part.block, leaves):
-            self.rows, rest, told = _run(part, forward, self.rows, notes)
+        with torch.no_grad():
+            self.rows, rest, told = self._run("others", part, forward, notes, leaves, self.rows)
         return rest, told
+
+    def _run(
+        self, kind: str, part: BlockParts, forward: Forward, notes: BlockNotes, leaves: Leaves, rows: Tensor
+    ) -> tuple[Tensor, Rest, StreamNotes]:
+        def function(rows: Tensor, *noted: Tensor) -> Any:
+            # A block may change its input in place, but not a leaf.
+            with torch.autocast(rows.device.type, dtype=how.half, enabled=how.half is not None, cache_enabled=False):
+                out, rest, told = _run(
+                    part, forward, rows.clone() if rows.requires_grad else rows, notes.of(noted, True)
+                )
+            return out, rest, told.scales, told.kept
+
+        how, tensors = self._how, [rows, *notes.tensors(True)]
+        out, rest, *told = how.run(kind, part.block, leaves, function, tensors, f"{how.half} {notes.fixed}")
+        return out, rest, StreamNotes(*told)
 
 
 class ControlStream(Stream):
@@ -57,9 +73,9 @@ class ControlStream(Stream):
     With ``groups``, the examples are in so many groups of equal size, whose gradients are told apart.
     """
 
-    def __init__(self, examples: slice, rows: Tensor, groups: int, vectorized: bool) -> None:
-        super().__init__(examples, rows)
-        self.groups, self.vectorized = groups, vectorized
+    def __init__(self, examples: slice, rows: Tensor, how: HowToWalk, groups: int) -> None:
+        super().__init__(examples, rows, how)
+        self.groups = groups
         self._graphs: list[tuple[Tensor, dict[int, Tensor], Tensor]] = []  # rows in, leaves, rows out
 
     def block(
@@ -75,12 +91,10 @@ class ControlStream(Stream):
                 return out, told.scales, told.kept
 
             tensors = [entered, *notes.tensors()]
-            out, *told = by_group(part.block, leaves, self.groups, of_group, tensors, self.vectorized)
+            out, *told = by_group(part.block, leaves, self.groups, of_group, tensors, self._how.vectorized)
             rest, noted = rests[0], StreamNotes(*told)
         else:
-            with standing_in(part.block, leaves):
-                # A block may change its input in place, but not a leaf.
-                out, rest, noted = _run(part, forward, entered.clone(), notes)
+            out, rest, noted = self._run("control", part, forward, notes, leaves, entered)
         self._graphs.append((entered, {id(p): leaves[id(p)] for p in part.block.parameters() if p.requires_grad}, out))
         self.rows = out.detach()
         return rest, noted

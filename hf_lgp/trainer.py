@@ -18,6 +18,8 @@ from .renamed_weights import restore_renamed_weights
 from .report.figure_callback import FigureCallback
 from .report.log_lines import library_logger, postfix, readings, summary
 from .report.model_card import extend_card
+from .rows.compiled import Compiled
+from .rows.leaves import Run, run_eagerly
 from .rows.parts import NothingTrained, UnknownBlock
 from .rows.walk import RowBudget
 from .sealed import SpliceError
@@ -161,7 +163,10 @@ class LGPTrainer(Trainer):
                 # Some losses want a whole batch.
                 budget = RowBudget(settings.groups, settings.single_rows)
                 count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
-                method = row_walk(model, loss, count, budget, intercepted_attention, half)
+                run: Run = run_eagerly
+                if self.args.torch_compile:
+                    run = Compiled(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+                method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
         except UnknownBlock as error:
             reason, needed = str(error), not isinstance(error, NothingTrained)
         except Exception as error:

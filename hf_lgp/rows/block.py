@@ -22,31 +22,32 @@ _Forward = Callable[..., Any]
 @contextmanager
 def noting(parts: BlockParts) -> Iterator[Callable[[], StreamNotes]]:
     """A context in which a block notes what :func:`run_rows` needs; gives a function that tells what was noted."""
-    active = [dropout for dropout in parts.dropouts if dropout.training and 0.0 < dropout.p < 1.0]
-    scales: dict[nn.Module, list[Tensor]] = {norm: [] for norm in parts.norms}
-    kept: dict[nn.Module, list[Tensor]] = {dropout: [] for dropout in active}
+    active = [(k, dropout) for k, dropout in enumerate(parts.dropouts) if dropout.training and 0.0 < dropout.p < 1.0]
+    scales: dict[int, list[Tensor]] = {k: [] for k, _ in enumerate(parts.norms)}
+    kept: dict[int, list[Tensor]] = {k: [] for k, _ in active}
 
-    def norm_forward(norm: nn.LayerNorm) -> _Forward:
+    def norm_forward(k: int, norm: nn.LayerNorm) -> _Forward:
         def forward(rows: Tensor) -> Tensor:
             if rows.dim() != 3:
                 return type(norm).forward(norm, rows)
             out, scale = noted_norm(norm, rows)
-            scales[norm].append(scale)
+            scales[k].append(scale)
             return out
 
         return forward
 
-    def dropout_forward(dropout: nn.Dropout) -> _Forward:
+    def dropout_forward(k: int, dropout: nn.Dropout) -> _Forward:
         def forward(rows: Tensor) -> Tensor:
             out = type(dropout).forward(dropout, rows)
             if rows.dim() == 3:
                 with torch.no_grad():
-                    kept[dropout].append((out[:, :1] != 0).to(out.dtype) / (1.0 - dropout.p))
+                    kept[k].append((out[:, :1] != 0).to(out.dtype) / (1.0 - dropout.p))
             return out
 
         return forward
 
-    replaced = [(norm, norm_forward(norm)) for norm in parts.norms] + [(d, dropout_forward(d)) for d in active]
+    replaced: list[tuple[nn.Module, _Forward]] = [(norm, norm_forward(k, norm)) for k, norm in enumerate(parts.norms)]
+    replaced += [(dropout, dropout_forward(k, dropout)) for k, dropout in active]
     with forward_replaced(*replaced):
         yield lambda: StreamNotes({m: tuple(t) for m, t in scales.items()}, {m: tuple(t) for m, t in kept.items()})
 
@@ -89,11 +90,13 @@ def run_rows(
             raise _Read
         return attend_plainly(query, made[0], made[1], bias, kept), None
 
-    replaced: list[tuple[nn.Module, _Forward]] = [(d, _dropout_of_rows(d, notes)) for d in parts.dropouts]
+    replaced: list[tuple[nn.Module, _Forward]] = [
+        (d, _dropout_of_rows(d, notes.stream.kept.get(k, ()))) for k, d in enumerate(parts.dropouts)
+    ]
     if parts.front is not None:
         replaced.append((parts.front, lambda _: normal))
     if weights is not None:
-        replaced += [(norm, _norm_of_rows(norm, notes, weights)) for norm in parts.norms]
+        replaced += [(norm, _norm_of_rows(norm, notes.stream.scales[k], weights)) for k, norm in enumerate(parts.norms)]
     if parts.key is None or parts.value is None:
         attention, of_all = parts.attention.forward, [(d, _dropout_of_all(d, weights)) for d in parts.dropouts]
 
@@ -128,8 +131,8 @@ def _unmade(width: int) -> _Forward:
     return lambda rows: rows.detach()[:1, :1, :1].expand(*rows.shape[:-1], width)
 
 
-def _norm_of_rows(norm: nn.LayerNorm, notes: BlockNotes, weights: Tensor) -> _Forward:
-    scales = iter(notes.stream.scales[norm])
+def _norm_of_rows(norm: nn.LayerNorm, noted: Sequence[Tensor], weights: Tensor) -> _Forward:
+    scales = iter(noted)
 
     def forward(rows: Tensor) -> Tensor:
         if rows.dim() != 3:
@@ -139,9 +142,8 @@ def _norm_of_rows(norm: nn.LayerNorm, notes: BlockNotes, weights: Tensor) -> _Fo
     return forward
 
 
-def _dropout_of_rows(dropout: nn.Dropout, notes: BlockNotes) -> _Forward:
+def _dropout_of_rows(dropout: nn.Dropout, noted: Sequence[Tensor]) -> _Forward:
     """The first row meets the dropout that it met in the forward; a mean of rows its expectation, none."""
-    noted: Sequence[Tensor] = notes.stream.kept.get(dropout, ())
     kept = iter(noted)
 
     def forward(rows: Tensor) -> Tensor:

@@ -46,20 +46,33 @@ def expanded(leaves: Leaves, block: nn.Module, groups: int) -> dict[int, Tensor]
 
 @contextmanager
 def standing_in(block: nn.Module, leaves: Leaves) -> Iterator[None]:
-    """A context in which a block has leaves where it has parameters."""
-    places = [
-        (module._parameters, name, parameter)
+    """A context in which a block has leaves where it has parameters, or buffers."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (own, name, held)
         for module in block.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in leaves
+        for own in (module._parameters, module._buffers)
+        for name, held in own.items()
+        if held is not None and id(held) in leaves
     ]
-    for own, name, parameter in places:
-        own[name] = leaves[id(parameter)]  # type: ignore[assignment]
+    for own, name, held in places:
+        own[name] = leaves[id(held)]
     try:
         yield
     finally:
-        for own, name, parameter in places:
-            own[name] = parameter
+        for own, name, held in places:
+            own[name] = held
+
+
+Run = Callable[[str, nn.Module, Leaves, Callable[..., Any], Sequence[Tensor], str], Any]
+"""Calls a function of tensors that finds leaves where a block has parameters: ``(kind, block, leaves, function, tensors, fixed)``, ``fixed`` telling what else it depends on."""
+
+
+def run_eagerly(
+    kind: str, block: nn.Module, leaves: Leaves, function: Callable[..., Any], tensors: Sequence[Tensor], fixed: str
+) -> Any:
+    """A :data:`Run`, operation by operation."""
+    with standing_in(block, leaves):
+        return function(*tensors)
 
 
 def by_group(

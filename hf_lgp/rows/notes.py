@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class StreamNotes:
     """What a block noted of the examples it was run on.
 
     Attributes:
-        scales: ``1 / sigma`` of every row, shape ``(m, T, 1)``, for each call of each layer norm.
-        kept: What dropout left of the first row, shape ``(m, 1, D)``: 0 or ``1 / (1 - p)``, for each call of each dropout.
+        scales: ``1 / sigma`` of every row, shape ``(m, T, 1)``, for each call of each layer norm, by its number in the block.
+        kept: What dropout left of the first row, shape ``(m, 1, D)``: 0 or ``1 / (1 - p)``, for each call of each dropout, by its number.
     """
 
-    scales: Mapping[nn.Module, tuple[Tensor, ...]]
-    kept: Mapping[nn.Module, tuple[Tensor, ...]]
+    scales: Mapping[int, tuple[Tensor, ...]]
+    kept: Mapping[int, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,18 @@ class BlockNotes:
     batched: frozenset[int]  # the tensors among them that have an entry for each example, by identity
     stream: StreamNotes  # what the block noted
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> BlockNotes:
-        """The same with another tensor for each that has an entry for each example."""
+    def each(self, function: Callable[[Tensor], Tensor], unbatched: bool = False) -> BlockNotes:
+        """The same with another tensor for each that has an entry for each example, or for all."""
         batched: set[int] = set()
 
         def of(value: Any) -> Any:
-            if isinstance(value, Tensor) and id(value) in self.batched:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) in self.batched:
                 value = function(value)
                 batched.add(id(value))
-            return value
+                return value
+            return function(value) if unbatched else value
 
         hidden, args, kwargs = function(self.hidden), map_tensors(of, self.args), map_tensors(of, dict(self.kwargs))
         stream = StreamNotes(
@@ -54,21 +57,33 @@ class BlockNotes:
         """The notes of some examples."""
         return self.each(lambda t: t[part])
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors that have an entry for each example."""
+    def tensors(self, unbatched: bool = False) -> list[Tensor]:
+        """All tensors that have an entry for each example, or all."""
         found: list[Tensor] = []
 
         def keep(t: Tensor) -> Tensor:
             found.append(t)
             return t
 
-        self.each(keep)
+        self.each(keep, unbatched)
         return found
 
-    def of(self, tensors: Sequence[Tensor]) -> BlockNotes:
+    def of(self, tensors: Sequence[Tensor], unbatched: bool = False) -> BlockNotes:
         """The same with other tensors, in the order of :meth:`tensors`."""
         remaining = iter(tensors)
-        return self.each(lambda _: next(remaining))
+        return self.each(lambda _: next(remaining), unbatched)
+
+    @property
+    def fixed(self) -> str:
+        """What is known besides tensors."""
+        blank = map_tensors(lambda t: "" if isinstance(t, Tensor) else t, (self.args, dict(self.kwargs)))
+        return repr(
+            (
+                blank,
+                {k: len(t) for k, t in self.stream.scales.items()},
+                {k: len(t) for k, t in self.stream.kept.items()},
+            )
+        )
 
 
 def joined(streams: list[StreamNotes]) -> StreamNotes:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import run_rows
 from .groups import follow_singly, group_rows, mean_rows, row_weights
-from .leaves import Leaves, by_group, expanded, standing_in
+from .leaves import Leaves, Run, by_group, expanded, run_eagerly
 from .norms import norm_of_means, noted_norm
 from .notes import BlockNotes
 from .parts import BlockParts, Intercept
@@ -40,6 +41,7 @@ class HowToWalk:
     intercept: Intercept  # gives a context in which attention goes to another function
     vectorized: bool = True  # whether ``torch.vmap`` runs the blocks on groups of examples
     half: torch.dtype | None = None  # what autocast casts to in the forward; None where it is off
+    run: Run = run_eagerly  # how functions of a block are called
 
 
 @dataclass(frozen=True)
@@ -93,26 +95,36 @@ def _walk_block(
     parts: BlockParts, notes: BlockNotes, weights: Tensor, arriving: Tensor, leaves: Leaves, how: HowToWalk, groups: int
 ) -> tuple[Tensor, Tensor, dict[int, Tensor | None]]:
     """Gradients of the followed rows ``(m, S, D)``, of all rows as attention reads them ``(m, T, D)``, and of leaves."""
-    hidden = notes.hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        rows = mean_rows(weights, notes.hidden).requires_grad_()
-        if groups:
-            leaves = expanded(leaves, parts.block, groups)
+    keys = [id(p) for p in parts.block.parameters() if p.requires_grad]
+    if not groups:
 
-            def of_group(hidden: Tensor, rows: Tensor, weights: Tensor, *noted: Tensor) -> Tensor:
-                return _rows_of_block(parts, notes.of(noted), how, hidden, rows, weights)
+        def pulled(hidden: Tensor, weights: Tensor, arriving: Tensor, *noted: Tensor) -> Any:
+            hidden = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                rows = mean_rows(weights, hidden.detach()).requires_grad_()
+                out = _rows_of_block(parts, notes.of(noted, True), how, hidden, rows, weights)
+            own = [p for p in parts.block.parameters() if p.requires_grad]
+            return torch.autograd.grad(out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True)
 
+        tensors = [notes.hidden, weights, arriving, *notes.tensors(True)]
+        of_rows, of_hidden, *of_own = how.run("walk", parts.block, leaves, pulled, tensors, f"{how.half} {notes.fixed}")
+    else:
+
+        def of_group(hidden: Tensor, rows: Tensor, weights: Tensor, *noted: Tensor) -> Tensor:
+            return _rows_of_block(parts, notes.of(noted), how, hidden, rows, weights)
+
+        leaves, hidden = expanded(leaves, parts.block, groups), notes.hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            rows = mean_rows(weights, notes.hidden).requires_grad_()
             tensors = [hidden, rows, weights, *notes.tensors()]
             out = by_group(parts.block, leaves, groups, of_group, tensors, how.vectorized)
-        else:
-            with standing_in(parts.block, leaves):
-                out = _rows_of_block(parts, notes, how, hidden, rows, weights)
-    own = {id(p): leaves[id(p)] for p in parts.block.parameters() if p.requires_grad}
-    of_rows, of_hidden, *of_own = torch.autograd.grad(
-        out, [rows, hidden, *own.values()], arriving.to(out.dtype), allow_unused=True
-    )
-    # A block that is left out at random hands its rows on.
-    return (of_rows, torch.zeros_like(hidden) if of_hidden is None else of_hidden, dict(zip(own, of_own, strict=True)))
+        own = [leaves[key] for key in keys]
+        of_rows, of_hidden, *of_own = torch.autograd.grad(
+            out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True
+        )
+    if of_hidden is None:  # a block that is left out at random hands its rows on
+        of_hidden = torch.zeros_like(notes.hidden)
+    return of_rows, of_hidden, dict(zip(keys, of_own, strict=True))
 
 
 def _rows_of_block(
