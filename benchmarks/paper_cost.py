@@ -2,7 +2,7 @@
 
 The step as the code is runs under ``FakeTensorMode`` on ``cuda``: operation by operation its FLOPs, the bytes it reads and writes, and one launch. A roofline
 turns them into time: an operation takes the longest of its arithmetic, its memory traffic and the least time of a kernel; the host launches one after the other;
-a step takes the longer of the two. *Compiled* fuses chains of pointwise operations, which then read and write only what enters and leaves the chain: in both steps, although predicted ones run uncompiled so far.
+a step takes the longer of the two. *Compiled* fuses chains of pointwise operations, which then read and write only what enters and leaves the chain.
 
 Assumptions are in :data:`GPUS`. Left out: optimizer, data loader, and whatever overlaps worse than perfectly. ``exact`` is ``Trainer``'s step; ``lgp`` is the mean
 over a cycle of 32 steps, one of which measures. Needs g++, for the device guard of ``tests/device``.
@@ -330,7 +330,7 @@ def main() -> None:
         eager, compiled = (
             "  ".join(f"{batch}: {row[way]['lgp']:.2f}" for batch, row in rows.items()) for way in ("eager", "compiled")
         )
-        print(f"{name:5} of an eager exact step  {eager}   both compiled, which LGP is not yet  {compiled}")
+        print(f"{name:5} of an eager exact step  {eager}   both compiled  {compiled}")
     settings = {name: getattr(options, name) for name in ("vit", "fraction", "groups", "single_rows")}
     assumed = {name: asdict(gpu) for name, gpu in GPUS.items()}
     result = {"on paper": True, "settings": settings, "assumed": assumed, "launches": launches, "gpus": table}

@@ -176,8 +176,7 @@ class Session:
                 figures["variance_explained"] = 1.0 - controller.residual_share
                 figures["variance"] = controller.variance(fraction)
             plain = controller.seconds(StepPlan())
-            first_row = self.rules.first_row if fixed else controller.first_row
-            own = controller.seconds(StepPlan(fraction, first_row=first_row))
+            own = controller.seconds(StepPlan(fraction, first_row=self.rules.first_row))
             if plain and own:
                 figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
         return {name: round(value, 6) for name, value in figures.items()}

@@ -62,7 +62,10 @@ class Controller:
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
-    first_row: bool = False  # whether exact steps are faster with the last block on the first row only
+    first_row: bool = (
+        False  # whether exact steps are faster with the last block on the first row only; compiled ones may not be
+    )
+    predicted_first_row: bool = False  # whether predicted steps run it so, wherever that is possible
 
     @property
     def residual_share(self) -> float:
@@ -130,7 +133,7 @@ class Controller:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
         # The first micro-batches with a new fraction are for timing it.
         due = self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
-        return StepPlan(fraction, groups * due, self.first_row)
+        return StepPlan(fraction, groups * due, rules.first_row)
 
     def _exact_step(self, rules: Rules, left: int, groups: int) -> StepPlan:
         """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
@@ -186,6 +189,8 @@ class Controller:
 
     def decided(self, rules: Rules, step: int) -> Controller:
         """With a fraction chosen by what is known now."""
+        if self.predicted_first_row != rules.first_row:
+            return replace(self, predicted_first_row=rules.first_row).decided(rules, step)
         if rules.fraction or step < rules.exact_steps or self.seconds(StepPlan()) is None:
             return self
         if self.fraction >= 1.0:
@@ -210,7 +215,7 @@ class Controller:
         return replace(self, fraction=best, changed_at=self.seen, look_at=0)
 
     def _with(self, fraction: float) -> StepPlan:
-        return StepPlan(fraction, first_row=self.first_row)
+        return StepPlan(fraction, first_row=self.predicted_first_row)
 
     def _waiting(self, given_up: bool) -> Controller:
         """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""

@@ -20,9 +20,9 @@ from .leaves import Leaves, run_eagerly, standing_in
 
 logger = logging.getLogger(__name__)
 
-_OFTEN = 3  # steps in which a shape is seen before it is compiled: a last batch that is incomplete comes once an epoch
+_OFTEN = 8  # steps in which a shape is seen before it is compiled: a last batch that is incomplete comes once an epoch
 _TENSOR = object()
-_MOST = 4  # graphs of a kind: two fractions, in training and measuring
+_MOST = 2  # graphs of a kind; what would need more runs as it is
 
 
 class _Graph(NamedTuple):
