@@ -69,12 +69,15 @@ types: $(STAMP) ## check types
 	$(PY) -m mypy
 
 .PHONY: gpu-check
-gpu-check: ## run GPU tests and benchmarks on the accelerator at hand: make gpu-check PY=python3 CIFAR=folder
-	$(PY) -m pytest -m gpu -p no:cacheprovider tests
-	$(PY) benchmarks/step_cost.py --vit width-384 vit-small-16 vit-base-16
-	$(PY) benchmarks/predictability.py --data $(CIFAR) --name predictability_gpu
-	$(PY) benchmarks/time_to_accuracy.py --data $(CIFAR) --vit vit-small-16 --images 10000 --epochs 6 --attention sdpa --name time_to_accuracy_gpu
-	$(PY) benchmarks/time_to_accuracy.py --data $(CIFAR) --vit vit-small-16 --images 10000 --epochs 6 --attention sdpa --compile --name time_to_accuracy_gpu_compiled
+gpu-check: gpu-check-correct gpu-check-speed ## both stages on the GPU at hand, in 15 minutes: make gpu-check PY=python3 CIFAR=folder
+
+.PHONY: gpu-check-correct
+gpu-check-correct: ## gradients, half precision, compiled blocks and waiting, in 5 minutes
+	timeout 300 $(PY) -m pytest -m gpu -p no:cacheprovider -x tests/test_gpu.py
+
+.PHONY: gpu-check-speed
+gpu-check-speed: ## times of steps beside those on paper, memory, and time to accuracy, in 10 minutes
+	PYTHONPATH=. timeout 600 $(PY) benchmarks/gpu_check.py $(if $(CIFAR),--data $(CIFAR))
 
 .PHONY: probe
 probe: $(STAMP) ## find out whether predictions pay for the demo's model

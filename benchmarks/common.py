@@ -35,6 +35,14 @@ VITS: dict[str, dict[str, int]] = {
     "digits-tiny": dict(
         image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     ),
+    "vit-small-16": dict(
+        image_size=224,
+        patch_size=16,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+    ),
     "vit-base-16": dict(
         image_size=224,
         patch_size=16,

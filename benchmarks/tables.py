@@ -254,6 +254,38 @@ def versions() -> str | None:
     return table(["whole steps of `LGPTrainer`, measuring included", "step", "time", "single repeats"], rows)
 
 
+def paper_cost() -> str | None:
+    """A step on GPUs that were not at hand."""
+    rows = []
+    for result in results("paper_cost_*"):
+        s = result["settings"]
+        for gpu, batches in result["gpus"].items():
+            for way in ("eager", "compiled"):
+                ratios = [f"{batch}: {figures[way]['lgp']:.2f}" for batch, figures in batches.items()]
+                rows.append([s["vit"], f"{gpu}, {result['assumed'][gpu]['dtype']}", way, ", ".join(ratios)])
+    return table(
+        ["on paper, not measured", "GPU", "both steps", "step at f = 0.25 against `Trainer`'s, by batch size"], rows
+    )
+
+
+def paper_launches() -> str | None:
+    """Kernel launches and memory of these steps."""
+    rows = []
+    for result in results("paper_cost_*"):
+        n = result["launches"]
+        memory = {batch: figures["peak_memory"] for batch, figures in next(iter(result["gpus"].values())).items()}
+        told = ", ".join(f"{batch}: {ratio:.2f}" for batch, ratio in memory.items())
+        rows.append([result["settings"]["vit"], *(f"{n[k]:,}" for k in ("exact", "predicted", "measuring")), told])
+    header = [
+        "on paper",
+        "launches of an exact step",
+        "predicted",
+        "measuring",
+        "peak memory against `Trainer`'s, by batch size",
+    ]
+    return table(header, rows)
+
+
 TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [headline, baselines],
     "docs/measurements.md": [
@@ -265,6 +297,8 @@ TABLES: dict[str, list[Callable[[], str | None]]] = {
         predictability,
         step_cost,
         versions,
+        paper_cost,
+        paper_launches,
     ],
 }
 

@@ -57,6 +57,9 @@ class Session:
         self._waiting: list[_Reading] = []
         self._staged: tuple[list[_Reading], Tensor, Any] | None = None
         self._position = (-1, 0)
+        self._latest: list[
+            tuple[str, int, int]
+        ] = []  # kind, exact and predicted examples of the micro-batches of this optimizer step
         self._learnt: Mapping[str, Tensor] | None = None
         self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 
@@ -81,9 +84,13 @@ class Session:
         self._learnt = None
         return refused
 
-    def plan(self, step: int, examples: int, accumulation: int) -> StepPlan:
-        """The plan of the next micro-batch."""
+    def plan(self, step: int, examples: int, accumulation: int, skipped: bool = False) -> StepPlan:
+        """The plan of the next micro-batch, given whether the latest optimizer step was skipped because gradients overflowed."""
         micro_batch = self._position[1] + 1 if self._position[0] == step else 0
+        if micro_batch == 0:
+            if skipped:
+                self._take_back()
+            self._latest = []
         self._position = (step, micro_batch)
         if self.method is None or self.refused is not None:
             return StepPlan()
@@ -107,16 +114,25 @@ class Session:
             began = mark(self.device)
             yield
             lap = Lap(began, mark(self.device))
-        self.steps["predicted" if plan.fraction < 1.0 else "exact"] += 1
         exact = control_size(examples, plan.fraction)
-        self.examples = {
-            "exact": self.examples["exact"] + exact,
-            "predicted": self.examples["predicted"] + examples - exact,
-        }
+        self._latest.append(("predicted" if plan.fraction < 1.0 else "exact", exact, examples - exact))
+        self._count(*self._latest[-1])
         if self.method is not None and self.refused is None:
             kind = replace(plan, seed=0)
             self._readings.append(_Reading(kind, self.controller.seen, size, lap, tuple(spreads)))
             self.controller = self.controller.advanced(examples)
+
+    def _count(self, kind: str, exact: int, predicted: int, sign: int = 1) -> None:
+        self.steps[kind] += sign
+        self.examples["exact"] += sign * exact
+        self.examples["predicted"] += sign * predicted
+
+    def _take_back(self) -> None:
+        """Nothing was trained with the latest micro-batches: they do not count, nor does what they measured, but for their times."""
+        for counted in self._latest:
+            self._count(*counted, sign=-1)
+        first = max(0, len(self._readings) - len(self._latest))
+        self._readings[first:] = [replace(reading, spreads=()) for reading in self._readings[first:]]
 
     def _decide(self, step: int) -> None:
         """Read what is due and choose. On a GPU that is of the time before last: it has arrived, so nothing waits."""

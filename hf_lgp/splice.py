@@ -41,11 +41,12 @@ class Spliced(torch.autograd.Function):
 class Gradients:
     """Sums of exact and predicted gradients, by parameter; both terms of (1), whose weights are in ``delta`` already.
 
-    A step whose predictions are not finite has none: control examples have their exact gradients. Nothing waits for the device to know.
+    A step whose predictions are not finite has none: control examples have their exact gradients. Nothing waits for the device to know. With loss scaling
+    there is somebody who watches for overflow: such a step's gradients are all infinite, so that it is skipped and the scale lowered.
     """
 
-    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[int, Tensor], scaled: bool = False) -> None:
+        self._parameters, self._instead = parameters, float("inf") if scaled else 0.0
         self._pieces: list[tuple[Sequence[int], Sequence[Tensor], Tensor]] = []  # keys, exact gradients, predicted ones
         self._totals: dict[int, Tensor] = {}
         self._checks: list[Tensor] = []
@@ -84,11 +85,11 @@ class Gradients:
         if self._checks:
             bad = torch.stack(self._checks).mul_(0.0).sum() != 0.0
         for keys, exact, flat in self._pieces:
-            pieces = flat.masked_fill_(bad, 0.0).split([g.numel() for g in exact])
+            pieces = flat.masked_fill_(bad, self._instead).split([g.numel() for g in exact])
             torch._foreach_add_([piece.view_as(g) for piece, g in zip(pieces, exact, strict=True)], list(exact))
             pieces = flat.to(self._parameters[keys[0]].dtype).split([g.numel() for g in exact])
             for key, piece, g in zip(keys, pieces, exact, strict=True):
                 self._sum(key, piece.view_as(g))
         self._pieces.clear()
-        of_rows = None if of_rows is None else of_rows.masked_fill_(bad, 0.0)
+        of_rows = None if of_rows is None else of_rows.masked_fill_(bad, self._instead)
         return of_rows, [self._totals.get(key) for key in self._parameters]

@@ -116,7 +116,8 @@ class LGPTrainer(Trainer):
         if session.method is None and examples >= 2:
             if session.unchecked(trained := sum(p.requires_grad for p in self._lgp_model.parameters())):
                 self._lgp_begin(session, batch, num_items_in_batch, trained)
-        plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps)
+        skipped = self.accelerator.optimizer_step_was_skipped
+        plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps, skipped)
         compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         try:

@@ -15,6 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_check  # noqa: E402
 import predictability  # noqa: E402
 import step_cost  # noqa: E402
 import tables  # noqa: E402
@@ -81,6 +82,10 @@ def test_tables_are_drawn_from_whatever_is_there(
     model, examples = vit_and_examples()
     measured = {"settings": {"vit": VIT}, "steps": {"0": predictability.measure(model, examples, [BUDGET])}}
     write_json(tmp_path / "predictability.json", measured)
+    figures = {"eager": {"lgp": 0.7}, "compiled": {"lgp": 0.6}, "peak_memory": 0.5}
+    on_paper = {"gpus": {"T4": {"32": figures}}, "assumed": {"T4": {"dtype": "fp16"}}, "settings": {"vit": VIT}}
+    on_paper["launches"] = {"exact": 900, "predicted": 2000, "measuring": 5000}
+    write_json(tmp_path / "paper_cost_tiny.json", on_paper)
     drawn = [make() for make in makes]
     assert None not in drawn
     assert "a quarter exact | 1 | 100% |" in "".join(drawn)  # type: ignore[arg-type]
@@ -95,6 +100,18 @@ def test_tables_are_drawn_from_whatever_is_there(
     written = (tmp_path / "README.md").read_text()
     assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written.split("| ---")[0]
     assert drawn[0] in written
+
+
+def test_the_check_of_a_gpu_keeps_finished_cells_and_names_those_on_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # the second call measures nothing more
+        gpu_check.main(["--smoke", "--output", str(tmp_path)])
+        monkeypatch.setattr(step_cost, "measure", lambda *_: pytest.fail("measured again"))
+    assert "cifar-0.8m, batch 32: exact " in capsys.readouterr().out
+    assert gpu_check.paper("NVIDIA H200") == "H100" and gpu_check.paper("NVIDIA L4") == "L4"
+    assert gpu_check.beside_paper("vit-base-16", 32, "NVIDIA A100-SXM4") is not None
+    assert gpu_check.beside_paper("vit-base-16", 32, "unheard of") is None
 
 
 def test_a_step_is_split_into_its_parts() -> None:

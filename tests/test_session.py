@@ -144,3 +144,19 @@ def test_shares_of_a_run_are_told_once_something_was_predicted() -> None:
     assert session.shares() == {}
     run(session, 0, 8)
     assert session.shares() == {"steps_predicted": 1.0, "examples_predicted": 0.75}
+
+
+def test_steps_that_were_skipped_do_not_count_nor_measure() -> None:
+    """Two micro-batches a step; the measuring one is in a step that loss scaling skips."""
+    session, _ = session_of(control_fraction=0.5)
+    for step in range(20):
+        for _ in range(2):
+            plan = session.plan(
+                step, 16, 2, skipped=step == 17
+            )  # told after step 16, whose first micro-batch is the 33rd
+            assert (plan.measure > 0) == (step == 16 and session.controller.seen == 32)
+            with session.step(plan, 16, 100.0):
+                pass
+    assert session.steps == {"exact": 0, "predicted": 38}
+    assert session.examples == {"exact": 38 * 8, "predicted": 38 * 8}
+    assert session.controller.measurements == 0 and session.controller.seen == 40

@@ -61,6 +61,14 @@ def test_predictions_that_are_not_finite_are_left_out_whole(bad: float, where: s
     assert all(torch.equal(t, torch.ones(3)) for t in found if t is not None)
 
 
+def test_with_loss_scaling_an_overflow_reaches_the_scaler() -> None:
+    gradients = Gradients({0: torch.zeros(3)}, scaled=True)
+    gradients.add({0: torch.ones(3)}, {0: torch.tensor([1.0, float("nan"), 1.0])})
+    of_rows, (total,) = gradients.totals(torch.ones(2))
+    assert of_rows is not None and total is not None
+    assert of_rows.isinf().all() and total.isinf().all()
+
+
 def test_blocks_may_share_a_parameter() -> None:
     gradients = Gradients({7: nn.Parameter(torch.zeros(3))})
     gradients.add({7: torch.ones(3)}, {7: torch.ones(3)})

@@ -1,4 +1,4 @@
-"""bf16 autocast, here on the CPU."""
+"""bf16 and fp16 autocast, here on the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from tiny import TinyImages, tiny_vit
 from transformers import Trainer, ViTForImageClassification
 
 from hf_lgp import LGPTrainer
+from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.control.plan import StepPlan
+from hf_lgp.methods import row_walk
+from hf_lgp.rows.walk import RowBudget
 
 
 class Watching(ViTForImageClassification):
@@ -48,3 +52,34 @@ def test_it_learns(tmp_path: Path) -> None:
     assert trainer._lgp_steps == {"exact": 0, "predicted": 20}
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
     assert all(p.dtype is torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
+
+
+def gradients(half: torch.dtype | None, plan: StepPlan, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Of a step of a tiny model under autocast, by the scaled loss."""
+    model, batch = tiny_vit(torch.float32, num_hidden_layers=3), TinyImages(16, dtype=torch.float32).batch(0, 16)
+
+    def loss(count: int) -> torch.Tensor:
+        with torch.autocast("cpu", half, enabled=half is not None):
+            return model(**{name: value[:count] for name, value in batch.items()}).loss
+
+    method = row_walk(model.train(), loss, 4, RowBudget(1, 1), intercepted_attention, half is not None)
+    with method.splice(plan, lambda _: None):
+        (scale * loss(16)).backward()
+    return {n: p.grad / scale for n, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in n}
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("measure", [0, 4])
+def test_half_precision_gives_float32s_estimate_to_its_rounding(half: torch.dtype, measure: int) -> None:
+    plan = StepPlan(0.25, measure=measure, first_row=True, seed=1)
+    found, expected = (gradients(kind, plan, scale=2.0**10) for kind in (half, None))
+    largest = max(float(g.norm()) for g in expected.values())
+    for name, gradient in expected.items():
+        off = float((found[name] - gradient).norm())
+        assert off <= 0.1 * max(float(gradient.norm()), 0.05 * largest), f"{name} is off by {off}"
+
+
+def test_an_overflow_in_fp16_is_left_for_the_scaler_to_see() -> None:
+    found = gradients(torch.float16, StepPlan(0.25, first_row=True, seed=1), scale=1e6)
+    inside = [g for name, g in found.items() if ".layers.0" in name]
+    assert inside and not any(bool(g.isfinite().all()) for g in inside)
