@@ -24,6 +24,8 @@ from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.control.plan import GROUPS, StepPlan
 from hf_lgp.estimator import control_size
 from hf_lgp.methods import RowWalk, row_walk
+from hf_lgp.rows.compiled import Compiled
+from hf_lgp.rows.leaves import run_eagerly
 from hf_lgp.rows.parts import forward_replaced
 from hf_lgp.rows.walk import RowBudget
 
@@ -41,26 +43,38 @@ class Steps:
         device: Where it is trained.
         bf16: Whether in autocast.
         attention: Implementation of attention; None for transformers' choice.
+        compiled: Whether ``Trainer``'s steps run the compiled model, and predicted ones compiled blocks; others are not compiled.
     """
 
     def __init__(
-        self, vit: str, batch: int, budget: RowBudget, device: torch.device, bf16: bool, attention: str | None
+        self,
+        vit: str,
+        batch: int,
+        budget: RowBudget,
+        device: torch.device,
+        bf16: bool,
+        attention: str | None,
+        compiled: bool = False,
     ) -> None:
         self.model = build_vit(vit, attn_implementation=attention).to(device)
+        self.run = Compiled("inductor") if compiled else None
+        self.whole = torch.compile(self.model) if compiled else self.model
         self.pixels, self.labels = (part.to(device) for part in random_images(vit, batch))
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-        self.method: RowWalk = row_walk(self.model, self.loss, min(4, batch), budget, intercepted_attention, bf16)
+        run = self.run or run_eagerly
+        self.method: RowWalk = row_walk(self.model, self.loss, min(4, batch), budget, intercepted_attention, bf16, run)
         (self.stack,) = self.method.stacks
 
-    def loss(self, count: int) -> torch.Tensor:
+    def loss(self, count: int, plain: bool = False) -> torch.Tensor:
         """The loss of the first examples."""
+        model = self.whole if plain else self.model
         with self.autocast():
-            return self.model(pixel_values=self.pixels[:count], labels=self.labels[:count]).loss
+            return model(pixel_values=self.pixels[:count], labels=self.labels[:count]).loss
 
     def step(self, plan: StepPlan, count: int) -> None:
         """Forward and backward of the first examples by a plan."""
         with self.method.splice(plan, lambda _: None):
-            self.loss(count).backward()
+            self.loss(count, plan.plain).backward()
 
     def others(self, count: int) -> None:
         """The forward of the predicted examples, without the last block if that runs on one row."""
@@ -98,16 +112,18 @@ def measure(
     device: torch.device | None = None,
     bf16: bool = False,
     attention: str | None = None,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Time all kinds of steps in turns, after two rounds for warming up."""
+    """Time all kinds of steps in turns, after two rounds for warming up, or a dozen in which what recurs is compiled."""
     device = device or torch.device("cpu")
-    steps = Steps(vit, batch, budget, device, bf16, attention)
+    steps = Steps(vit, batch, budget, device, bf16, attention, compiled)
     works = kinds_of(steps, fractions)
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(-2, rounds):
+    warming = 12 if compiled else 2
+    for number in range(-warming, rounds):
         for name in list(works)[:: 1 if number % 2 else -1]:
             steps.model.zero_grad()
-            took = timed(device, lambda name=name, number=number: works[name](number + 2))
+            took = timed(device, lambda name=name, number=number: works[name](number + warming))
             if number >= 0:
                 seconds[name].append(took)
     found: dict[str, Any] = {}
@@ -137,6 +153,7 @@ def measure(
         "bf16": bf16,
         "attention": steps.model.config._attn_implementation,
         "one_row": steps.stack.first_row_only,
+        "compiled": dict(steps.run.graphs) if steps.run is not None else None,
         "rounds": rounds,
         "exact_seconds": statistics.median(seconds[EXACT]),
         "steps": found,
@@ -155,6 +172,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--bf16", action="store_true", help="autocast; float32 otherwise")
     parser.add_argument("--attention", choices=["sdpa", "eager"], help="transformers' choice by default")
+    parser.add_argument("--compile", action="store_true", help="Trainer's steps, and blocks of predicted ones")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.add_argument("--smoke", action="store_true", help="two rounds, to see whether it runs")
     parser.add_argument("--name", help="name of the result file")
@@ -170,12 +188,16 @@ def main() -> None:
         device,
         options.bf16,
         options.attention,
+        options.compile,
     )
     print(f"{options.vit}, batch {result['batch']}: an exact step takes {result['exact_seconds']:.3f} s; in its time:")
     for name, figures in result["steps"].items():
         parts = ", ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
         print(f"{name}: {parts}")
-    name = options.name or f"step_cost_{options.vit}_{device.type}{'_smoke' * options.smoke}"
+    name = (
+        options.name
+        or f"step_cost_{options.vit}_{device.type}{'_compiled' * options.compile}{'_smoke' * options.smoke}"
+    )
     write_json(options.output / f"{name}.json", result)
 
 

@@ -16,7 +16,7 @@ from .rows.leaves import leaves_of
 from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
 from .rows.parts import BlockParts
 from .rows.walk import HowToWalk, Walked, walk
-from .sealed import Sealed
+from .sealed import Sealed, SpliceError
 from .splice import Gradients, Spliced
 from .streams import ControlStream, Stream
 
@@ -112,13 +112,18 @@ class Call:
         """An argument of a block with its examples in the call's order."""
 
         def select(t: Any) -> Any:
+            if isinstance(t, Tensor) and t.requires_grad:
+                raise SpliceError("its blocks are given something besides their rows that asks for a gradient")
             if not isinstance(t, Tensor) or t.dim() == 0 or len(t) != self.m:
                 return t
             if id(t) not in self._selected:
                 self._selected[id(t)] = (t if self.whole else t.index_select(0, self.order), t)
             return self._selected[id(t)][0]
 
-        return value if key in self.unbatched else map_tensors(select, value)
+        if key in self.unbatched:
+            map_tensors(select, value)
+            return value
+        return map_tensors(select, value)
 
     def finish(self) -> Tensor:
         """The stack's output for all examples, in their own order, shape ``(m, T, D)``."""
@@ -129,7 +134,7 @@ class Call:
             value = value.new_empty(self.m, *value.shape[1:])
             for stream, rows in zip(self.streams, left, strict=True):
                 value.index_copy_(0, self.order[stream.examples], rows)
-        return Spliced.apply(self.h0, value, self._pull, *self.parameters.values())
+        return Spliced.apply(self.h0, lambda: value, self._pull, *self.parameters.values())
 
     def _needs_input(self, i: int) -> bool:
         """Whether the gradient of what enters a block is wanted."""

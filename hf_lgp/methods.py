@@ -19,7 +19,7 @@ from .rows.parts import Intercept
 from .rows.walk import HowToWalk, RowBudget
 from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
-from .verify import evaluating, unrandom, verified
+from .verify import evaluating, refusing, unrandom, verified
 
 _LEARNT = 4  # one in so many exact steps that the linear predictor goes on learning from
 
@@ -66,7 +66,7 @@ def row_walk(
     Raises:
         UnknownBlock: If its gradients cannot be predicted that way; the message says why.
     """
-    with evaluating(model), unrandom():
+    with refusing(), evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
     stacks, how = verified(model, stacks, lambda: loss(count), HowToWalk(budget, intercept), half)
     return RowWalk(stacks, replace(how, run=run))

@@ -154,9 +154,9 @@ class _Probing(LGPTrainer):
         return replace(found, fraction=found.best(budget))
 
 
-def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples: int, accumulation: int) -> StepPlan:
+def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples: int, *more: Any) -> StepPlan:
     """Exact steps of both kinds in turns, then a fraction, then measurements."""
-    plan, controller, method = usual(step, examples, accumulation), session.controller, session.method
+    plan, controller, method = usual(step, examples, *more), session.controller, session.method
     if method is None or session.refused is not None or examples < 2:
         return plan
     if controller.seen < 2 * PERIOD or not method.ready:

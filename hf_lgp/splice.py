@@ -17,24 +17,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .sealed import SpliceError
 
 Pull = Callable[[Tensor], tuple[Tensor | None, Sequence[Tensor | None]]]
 """From ``delta (m, T, D)``, the gradients of ``h0`` and of the parameters."""
 
 
 class Spliced(torch.autograd.Function):
-    """``H`` as a function of ``h0`` and of the stack's parameters: its values are given, its backward is another function."""
+    """``H`` as a function of ``h0`` and of the stack's parameters: its values are given, by a function, and its backward is another.
+
+    Raises:
+        SpliceError: In a second backward, or where the gradient is differentiated again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h0: Tensor, value: Tensor, pull: Pull, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, h0: Tensor, value: Callable[[], Tensor], pull: Pull, *parameters: Tensor) -> Tensor:
         ctx.pull = pull
-        return value
+        return value()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        of_h0, of_parameters = ctx.pull(delta)
+        if ctx.pull is None or torch.is_grad_enabled():
+            raise SpliceError("its loss is differentiated twice")
+        pull, ctx.pull = ctx.pull, None
+        of_h0, of_parameters = pull(delta)
         return of_h0, None, None, *of_parameters
 
 

@@ -103,7 +103,7 @@ def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Calla
 
     for runs in (run, fewer):
         seen.append({})
-        with torch.no_grad(), forward_replaced(*((p.block, note(seen[-1], p.block.forward)) for p in parts)):
+        with forward_replaced(*((p.block, note(seen[-1], p.block.forward)) for p in parts)):
             runs()
     return frozenset(key for key, sizes in seen[0].items() if seen[1].get(key) == sizes)
 
@@ -138,7 +138,8 @@ class _Runs:
         self.stack, self.how = stack, how
         self.first_row = plan.first_row and stack.first_row_only
         self.predicted = stack.predicted_parts(plan.first_row) if plan.splits else ()
-        self.begin = lambda h0: Call(self.predicted, stack.unbatched, plan, next(numbers), h0, how, observed)
+        self.rest = how, observed
+        self.plan, self.numbers = plan, numbers
         self.call: Call | None = None
 
     def block(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +154,7 @@ class _Runs:
                 return self._first_row(hidden, args, kwargs)
             return forward(hidden, *args, **kwargs)
         if i == 0 and isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed):
-            self.call = self.begin(hidden)
+            self.call = Call(self.predicted, self.stack.unbatched, self.plan, next(self.numbers), hidden, *self.rest)
         call = self.call
         if call is None or call.done != i or (i > 0 and hidden is not call.sealed):
             raise SpliceError("its blocks do not run one after the other, each once")

@@ -63,7 +63,7 @@ class Stream:
             return out, rest, told.scales, told.kept
 
         how, tensors = self._how, [rows, *notes.tensors(True)]
-        out, rest, *told = how.run(kind, part.block, leaves, function, tensors, f"{how.half} {notes.fixed}")
+        out, rest, *told = how.run(kind, part.block, leaves, function, tensors, lambda: notes.fixed(how.half))
         return out, rest, StreamNotes(*told)
 
 
@@ -103,6 +103,8 @@ class ControlStream(Stream):
         """One block back, from the last: gradients of the rows that entered it and of leaves, given that of its output."""
         entered, leaves, out = self._graphs.pop()
         wanted = [entered] * entered.requires_grad + list(leaves.values())
-        found = list(torch.autograd.grad(out, wanted, delta, allow_unused=True)) if wanted else []
+        found: list[Tensor | None] = [None] * len(wanted)
+        if out.requires_grad:
+            found = list(torch.autograd.grad(out, wanted, delta, allow_unused=True))
         of_rows = found.pop(0) if entered.requires_grad else None
         return of_rows, dict(zip(leaves, found, strict=True))

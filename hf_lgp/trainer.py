@@ -120,14 +120,17 @@ class LGPTrainer(Trainer):
         plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps, skipped)
         compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        failed: str | None = None
         try:
             with eager, session.step(plan, examples, size):
                 loss = super().training_step(model, batch, num_items_in_batch)
         except SpliceError as error:
             if self.args.world_size > 1:  # the other processes would wait for this one
                 raise RuntimeError(f"Of this model, {error}. Use `lgp_control_fraction=1` to train exactly.") from error
-            session.refused = f"{error}"
-            logger.warning(f"LGPTrainer trains exactly from step {self.state.global_step} on: of this model, {error}.")
+            failed = f"{error}"
+        if failed is not None:  # the error would keep what the step held
+            session.refused = failed
+            logger.warning(f"LGPTrainer trains exactly from step {self.state.global_step} on: of this model, {failed}.")
             return LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
         # A forward pass is a third of a step by operation count.
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
@@ -166,7 +169,7 @@ class LGPTrainer(Trainer):
                 count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                 run: Run = run_eagerly
                 if self.args.torch_compile:
-                    run = Compiled(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+                    run = Compiled(self.args.torch_compile_backend, self.args.torch_compile_mode)
                 method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
         except UnknownBlock as error:
             reason, needed = str(error), not isinstance(error, NothingTrained)

@@ -26,6 +26,10 @@ _WIDE, _HALF = (1e-3, 1e-3), (5e-2, 1e-2)
 """Differences allowed, relative to a tensor's norm, and which share of the largest tensor's norm it counts at least: float32 and half precision."""
 
 
+_MEMORY = ("out of memory", "not enough memory", "allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
+"""What errors say that a smaller batch may cure."""
+
+
 def verified(
     model: nn.Module, stacks: Sequence[Stack], loss: Callable[[], Tensor], how: HowToWalk, half: bool = False
 ) -> tuple[tuple[Stack, ...], HowToWalk]:
@@ -38,7 +42,7 @@ def verified(
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run(stacks: Sequence[Stack], plan: StepPlan) -> tuple[Tensor, list[Tensor | None]]:
-        with unrandom(), spliced(stacks, plan, how):
+        with refusing(), unrandom(), spliced(stacks, plan, how):
             value = loss()
             return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
 
@@ -46,7 +50,7 @@ def verified(
         """How the spliced model differs, None if it does not."""
         try:
             value, gradients = run(stacks, plan)
-        except SpliceError as error:
+        except UnknownBlock as error:
             return str(error)
         if not _close(value, plain, allowed):
             return "its loss is another one when its blocks are run by themselves"
@@ -57,7 +61,7 @@ def verified(
                 return "its gradient is another one when its blocks are run by themselves"
         return None
 
-    by_group, training = StepPlan(measure=2, first_row=True), model.training
+    by_group = StepPlan(measure=2, first_row=True)
     with evaluating(model):
         plain, exact = run((), StepPlan(all_control=True))
         stacks = [replace(stack, first_row_only=False) for stack in stacks]
@@ -67,29 +71,49 @@ def verified(
             trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
             if same(trial, StepPlan(first_row=True, all_control=True)) is None:
                 stacks = trial
-        try:
-            value, gradients = run(stacks, StepPlan(0.5, first_row=True))
-        except SpliceError as error:
-            raise UnknownBlock(str(error)) from error
+        value, gradients = run(stacks, StepPlan(0.5, first_row=True))
         if not _close(value, plain, allowed):
             raise UnknownBlock(
                 "its loss is another one when only some examples have a graph: its blocks do not treat examples independently"
             )
         if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
-        vectorized = _runs(lambda: same(stacks, by_group, 4.0) is None)
+        vectorized = same(stacks, by_group, 4.0) is None  # `torch.vmap` has many ways to refuse
         for part in (part for stack in stacks for part in stack.parts):
-            part.block.train(training)  # where some do what they do not do in evaluation
-        vectorized = vectorized and _runs(lambda: bool(run(stacks, by_group)))
+            part.block.train()  # where some do what they do not do in evaluation
+        held = [(b, b.clone(), m, name) for s in stacks for p in s.parts for m, name, b in _buffers(p.block)]
+        for plan in (StepPlan(0.5, first_row=True), *[by_group] * vectorized):
+            try:
+                run(stacks, plan)
+            except UnknownBlock:
+                vectorized = False
+        moved = []
+        for buffer, before, module, name in held:
+            moved += [name] if module._buffers[name] is not buffer or not torch.equal(buffer, before) else []
+            module._buffers[name] = buffer.copy_(before)
+        if moved:
+            raise UnknownBlock(f"its blocks keep statistics of what passes through them, `{moved[0]}`")
     return tuple(stacks), replace(how, vectorized=vectorized)
 
 
-def _runs(check: Callable[[], bool]) -> bool:
-    """Whether a check succeeds; ``torch.vmap`` has many ways to refuse what could be run on one group after the other."""
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A context in which whatever goes wrong is a reason not to predict, unless memory runs out."""
     try:
-        return check()
-    except Exception:
-        return False
+        yield
+    except (UnknownBlock, MemoryError, torch.OutOfMemoryError):
+        raise
+    except SpliceError as error:
+        raise UnknownBlock(str(error)) from error
+    except Exception as error:
+        if any(sign in str(error) for sign in _MEMORY):
+            raise
+        raise UnknownBlock(f"{type(error).__name__}: {error}") from error
+
+
+def _buffers(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in block.modules():
+        yield from ((module, name, held) for name, held in module._buffers.items() if held is not None)
 
 
 def _close(value: Tensor, expected: Tensor, allowed: float) -> bool:

@@ -43,7 +43,9 @@ def run(family: str, folder: Path, accumulation: int, **settings: Any) -> tuple[
     data, model = (
         (TinyTexts(66), tiny_bert().double()) if family == "bert" else (TinyImages(66), tiny_classifier(family))
     )
-    trainer = LGPTrainer(model, arguments, train_dataset=data, callbacks=[seen])
+    trainer = LGPTrainer(
+        model.eval(), arguments, train_dataset=data, callbacks=[seen]
+    )  # as `from_pretrained` leaves it
     trainer.train()
     assert trainer._lgp_steps == {"exact": 0, "predicted": 3 * accumulation}
     assert model.is_gradient_checkpointing == bool(settings)

@@ -84,26 +84,64 @@ def test_blocks_that_differ_have_graphs_of_their_own(alike: bool) -> None:
     model, batch = tiny_vit(num_hidden_layers=3), TinyImages(8).batch(0, 8)
     if not alike:
         model.vit.layers[0].layernorm_after.eps = 1e-3
-    run = Compiled(backend="aot_eager")
+    run = Compiled("aot_eager")
     found = [gradients(model, batch, how) for how in (run_eagerly, run)]
     assert run.graphs == dict.fromkeys(("others", "control", "walk"), 1 if alike else 2)
     torch.testing.assert_close(*found)
 
 
-def test_what_cannot_be_traced_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+class Waits(torch.nn.Module):
+    """Looks at what passes through it."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * (2.0 if rows.sum().item() > 1e9 else 1.0)
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return (4 * rows).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+class Rounds(torch.nn.Module):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return Straight.apply(rows)
+
+
+@pytest.mark.parametrize(("what", "kinds"), [(Waits, set()), (Rounds, {"others", "walk"})])
+def test_what_a_graph_would_not_have_runs_as_it_is(
+    what: type[torch.nn.Module], kinds: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
     model, batch = tiny_vit(), TinyImages(8).batch(0, 8)
     for layer in model.vit.layers:
-        layer.mlp.register_forward_hook(lambda module, args, out: out * (2.0 if out.sum().item() > 1e9 else 1.0))
-    run = Compiled(backend="aot_eager")
+        layer.mlp.fc2 = torch.nn.Sequential(layer.mlp.fc2, what())
+    run = Compiled("aot_eager")
     found = [gradients(model, batch, how) for how in (run_eagerly, run)]
-    assert not run.graphs and "Blocks run uncompiled as others" in caplog.text
+    assert set(run.graphs) == kinds and "Blocks run uncompiled as control" in caplog.text
     torch.testing.assert_close(*found)
+
+
+def test_what_changes_between_steps_is_no_part_of_a_graph() -> None:
+    model, batch = tiny_vit(num_hidden_layers=3), TinyImages(8).batch(0, 8)
+    run = Compiled("aot_eager")
+    gradients(model, batch, run)
+    assert run.graphs["control"] == 1
+    for layer in model.vit.layers:
+        layer.layernorm_after.eps = 0.1
+    model.vit.layers[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    torch.testing.assert_close(gradients(model, batch, run), gradients(model, batch, run_eagerly))
 
 
 @pytest.mark.slow
 def test_inductor_gives_the_same_gradients() -> None:
     model, batch = tiny_vit(), TinyImages(8).batch(0, 8)
-    run = Compiled(backend="inductor")
+    run = Compiled("inductor")
     found = [gradients(model, batch, how) for how in (run_eagerly, run)]
     assert run.graphs == {"others": 1, "control": 1, "walk": 1}
     torch.testing.assert_close(*found)

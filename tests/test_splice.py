@@ -29,7 +29,7 @@ def test_the_backward_is_the_function_that_was_given() -> None:
         seen.append(delta)
         return 2 * delta, [delta.sum(0)]
 
-    out = Spliced.apply(h0, value, pull, parameter)
+    out = Spliced.apply(h0, lambda: value, pull, parameter)
     assert torch.equal(out, value)
     of_h0, of_parameter = torch.autograd.grad(out, [h0, parameter], torch.ones(2, 3))
     assert torch.equal(of_h0, torch.full((2, 3), 2.0)) and torch.equal(of_parameter, torch.full((3,), 2.0))

@@ -117,3 +117,55 @@ def test_few_examples_are_taken_of_any_kind_of_batch(batch: Any) -> None:
     if isinstance(batch, dict):
         few = few_of(batch, 2)
         assert len(few["b"][0]) == 2 and few["b"][1] == "text" and len(few["c"]) == 3 and len(batch["a"]) == 5
+
+
+def test_a_loss_that_is_differentiated_twice_is_found_out() -> None:
+    model = model_of("vit").eval()
+    model.set_attn_implementation("eager")  # the other has no second derivative
+
+    def loss(few: Any) -> Tensor:
+        out = model(**few).loss
+        (slope,) = torch.autograd.grad(out, [model.classifier.weight], create_graph=True, retain_graph=True)
+        (inner,) = torch.autograd.grad(out, [model.vit.embeddings.cls_token], create_graph=True)
+        return out + slope.square().sum() + inner.square().sum()
+
+    with pytest.raises(UnknownBlock, match="differentiated twice"):
+        check(model, loss)
+
+
+class Counting(nn.Module):
+    """Keeps a statistic of what passes through it in training."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+        self.register_buffer("largest", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.training:
+            self.largest = torch.maximum(self.largest, rows.detach().abs().max())
+        return self.inside(rows)
+
+
+def test_blocks_that_keep_statistics_are_found_out_and_left_as_they_were() -> None:
+    model = model_of("vit").eval()
+    model.vit.layers[1].mlp = counting = Counting(model.vit.layers[1].mlp).eval()
+    before = counting.largest
+    with pytest.raises(UnknownBlock, match="keep statistics of what passes through them, `largest`"):
+        check(model)
+    assert counting.largest is before and float(before) == 0.0 and not counting.training
+
+
+def test_an_error_in_the_spliced_model_is_a_reason_not_to_predict() -> None:
+    model = model_of("vit").eval()
+    forward, layer = type(model.vit.layers[0]).forward, model.vit.layers[0]
+
+    class Fails(type(layer)):  # type: ignore[misc]
+        def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(hidden) == 2:
+                raise ValueError("two are too few")
+            return forward(self, hidden, *args, **kwargs)
+
+    layer.__class__ = Fails
+    with pytest.raises(UnknownBlock, match="ValueError: two are too few"):
+        check(model)

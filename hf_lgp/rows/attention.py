@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..sealed import SpliceError
+
 aten = torch.ops.aten
 
 
@@ -151,10 +153,12 @@ def rows_of_bias(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype
     """
     if mask is None:
         return None
+    if not isinstance(mask, Tensor) or mask.dim() != 4:  # such as a flash attention's of rows that are padding
+        raise SpliceError("its attention has a mask of another form than `(examples, heads, rows, rows)`")
     if mask.dtype == torch.bool:
         # Half of the smallest number: sums with it must not leave the range.
         mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min / 2)
-    mask = mask.to(dtype)[(None,) * (4 - mask.dim())]
+    mask = mask.to(dtype)
     if mask.shape[2] > 1:
         mask = mask[:, :, :1] if weights is None else weights.mT.unsqueeze(1).to(dtype) @ mask
     return mask

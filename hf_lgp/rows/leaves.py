@@ -63,12 +63,15 @@ def standing_in(block: nn.Module, leaves: Leaves) -> Iterator[None]:
             own[name] = held
 
 
-Run = Callable[[str, nn.Module, Leaves, Callable[..., Any], Sequence[Tensor], str], Any]
-"""Calls a function of tensors that finds leaves where a block has parameters: ``(kind, block, leaves, function, tensors, fixed)``, ``fixed`` telling what else it depends on."""
+Fixed = Callable[[], str | None]
+"""Tells what else a function depends on besides tensors, as a text; None if that has none."""
+
+Run = Callable[[str, nn.Module, Leaves, Callable[..., Any], Sequence[Tensor], Fixed], Any]
+"""Calls a function of tensors that finds leaves where a block has parameters: ``(kind, block, leaves, function, tensors, fixed)``."""
 
 
 def run_eagerly(
-    kind: str, block: nn.Module, leaves: Leaves, function: Callable[..., Any], tensors: Sequence[Tensor], fixed: str
+    kind: str, block: nn.Module, leaves: Leaves, function: Callable[..., Any], tensors: Sequence[Tensor], fixed: Fixed
 ) -> Any:
     """A :data:`Run`, operation by operation."""
     with standing_in(block, leaves):

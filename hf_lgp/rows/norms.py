@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def noted_norm(norm: nn.LayerNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
     """A layer norm's output of rows ``(m, T, D)``, and the scale ``1 / sigma`` of each, ``(m, T, 1)``, without a graph."""
     if rows.dtype.itemsize < 4 and torch.is_autocast_enabled(rows.device.type):  # whose dtype for the output is its own
-        scale = torch.native_layer_norm(rows.float(), norm.normalized_shape, None, None, norm.eps)[2].detach()
+        scale = torch.native_layer_norm(rows.detach().float(), norm.normalized_shape, None, None, norm.eps)[2]
         return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps), scale
     out, _, scale = torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return out, scale.detach()

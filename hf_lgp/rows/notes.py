@@ -73,17 +73,18 @@ class BlockNotes:
         remaining = iter(tensors)
         return self.each(lambda _: next(remaining), unbatched)
 
-    @property
-    def fixed(self) -> str:
-        """What is known besides tensors."""
-        blank = map_tensors(lambda t: "" if isinstance(t, Tensor) else t, (self.args, dict(self.kwargs)))
-        return repr(
-            (
-                blank,
-                {k: len(t) for k, t in self.stream.scales.items()},
-                {k: len(t) for k, t in self.stream.kept.items()},
-            )
-        )
+    def fixed(self, *more: Any) -> str | None:
+        """What is known besides tensors, as a text; None if that cannot be told apart from something else by its text."""
+        simple, told = True, list[Any](more)
+
+        def look(value: Any) -> Any:
+            nonlocal simple
+            simple = simple and isinstance(value, (Tensor, bool, int, float, str, type(None)))
+            told.append("" if isinstance(value, Tensor) else value)
+
+        map_tensors(look, (self.args, dict(self.kwargs)))
+        counts = [(k, len(t)) for noted in (self.stream.scales, self.stream.kept) for k, t in noted.items()]
+        return repr((told, list(self.kwargs), counts)) if simple else None
 
 
 def joined(streams: list[StreamNotes]) -> StreamNotes:

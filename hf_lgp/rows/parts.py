@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 AttentionFunction = Callable[..., Any]
@@ -62,7 +61,7 @@ class Heard(NamedTuple):
 
 
 def heard(model: nn.Module, run: Callable[[], Any], intercept: Intercept) -> Heard:
-    """Run a model without gradients and listen."""
+    """Run a model and listen."""
     found = Heard({}, {}, {})
 
     def note(
@@ -77,7 +76,7 @@ def heard(model: nn.Module, run: Callable[[], Any], intercept: Intercept) -> Hea
     def after(module: nn.Module, args: Any, out: Any) -> None:
         found.made.setdefault(module, out)
 
-    with ExitStack() as exits, torch.no_grad(), intercept(note):
+    with ExitStack() as exits, intercept(note):
         for module in model.modules():
             exits.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             exits.callback(module.register_forward_hook(after).remove)

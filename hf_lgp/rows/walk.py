@@ -107,7 +107,9 @@ def _walk_block(
             return torch.autograd.grad(out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True)
 
         tensors = [notes.hidden, weights, arriving, *notes.tensors(True)]
-        of_rows, of_hidden, *of_own = how.run("walk", parts.block, leaves, pulled, tensors, f"{how.half} {notes.fixed}")
+        of_rows, of_hidden, *of_own = how.run(
+            "walk", parts.block, leaves, pulled, tensors, lambda: notes.fixed(how.half)
+        )
     else:
 
         def of_group(hidden: Tensor, rows: Tensor, weights: Tensor, *noted: Tensor) -> Tensor:

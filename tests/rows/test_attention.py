@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_lgp.rows.attention import FoldedAttention, rows_of_bias
+from hf_lgp.sealed import SpliceError
 
 M, S, T, H, D_HEAD, WIDTH = 2, 3, 5, 2, 4, 6
 
@@ -76,3 +79,10 @@ def test_a_mask_by_rows_is_averaged_as_the_rows_are() -> None:
     torch.testing.assert_close(bias[:, :, 1], 0.25 * mask[:, :, 1] + 0.75 * mask[:, :, 2])
     first = rows_of_bias(mask, None, torch.float64)
     assert first is not None and torch.equal(first, mask[:, :, :1])
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, dtype=torch.bool), "block mask"])
+def test_masks_of_another_form_are_refused(mask: Any) -> None:
+    """Flash attention's tells which rows of an example are padding."""
+    with pytest.raises(SpliceError, match="mask of another form"):
+        rows_of_bias(mask, None, torch.float32)
