@@ -3,7 +3,7 @@
 An automatic run goes through three stages. *Exact*: its first steps, in which plain steps are timed against those whose last block is run on the first row
 only, and the residual's share of the variance is measured. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
 micro-batches, so that its time is known. *Predicting*: it is followed as long as its measured price is the best; now and then a
-micro-batch measures the share, and a plain one is timed. Where nothing pays, steps are exact, and looks become rarer and rarer.
+micro-batch measures the share, and a plain one is timed. Before it is given up, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ class Controller:
     size: int = 0  # examples of the largest micro-batch so far
     first_row: bool = (
         False  # whether exact steps are faster with the last block on the first row only; compiled ones may not be
+    )
+    comparing: bool = (
+        False  # whether exact steps are timed anew, in turns with predicted ones, before these are given up
     )
     predicted_first_row: bool = False  # whether predicted steps run it so, wherever that is possible
 
@@ -131,6 +134,8 @@ class Controller:
             return StepPlan()
         if step < rules.exact_steps or self.fraction >= 1.0:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
+        if self.comparing and self.seen % 2:
+            return self.exact_plan
         # The first micro-batches with a new fraction are for timing it.
         due = self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
         return StepPlan(fraction, groups * due, rules.first_row)
@@ -198,7 +203,7 @@ class Controller:
                 return self
             if self.measurements < _MEASUREMENTS and not self._hopeless:
                 return self
-        elif len(self.times.get(key_of(self._with(self.fraction)), ())) < _TRIAL:
+        elif any(len(self.times.get(key_of(plan), ())) < _TRIAL for plan in self._compared):
             return self
         allowed = [f for f in FRACTIONS if self.variance(f) <= rules.budget and control_size(self.size, f) >= 2]
         prices = {f: self.price(f) * (1.0 if self.seconds(self._with(f)) else 1.0 / _MARGIN) for f in allowed}
@@ -208,11 +213,22 @@ class Controller:
             best = 1.0
         elif best != self.fraction and prices[best] > _HYSTERESIS * present:
             best = self.fraction
+        if best >= 1.0 and self.fraction in allowed and not self.comparing:
+            # The machine may have slowed down since exact steps were timed.
+            anew = {key_of(plan) for plan in (self.exact_plan, self._with(self.fraction))}
+            times = {key: value[-1:] if key in anew else value for key, value in self.times.items()}
+            return replace(self, comparing=True, times=times)
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
-            return self
-        return replace(self, fraction=best, changed_at=self.seen, look_at=0)
+            return replace(self, comparing=False)
+        return replace(self, fraction=best, changed_at=self.seen, look_at=0, comparing=False)
+
+    @property
+    def _compared(self) -> tuple[StepPlan, ...]:
+        """What has to be timed before the present fraction is judged."""
+        own = self._with(self.fraction)
+        return (own, self.exact_plan) if self.comparing else (own,)
 
     def _with(self, fraction: float) -> StepPlan:
         return StepPlan(fraction, first_row=self.predicted_first_row)
@@ -229,6 +245,7 @@ class Controller:
         return replace(
             self,
             fraction=1.0,
+            comparing=False,
             changed_at=changed_at,
             look_at=look_at,
             look_after=min(_LAST_LOOK, 2 * self.look_after),

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -62,6 +63,18 @@ def test_it_predicts_where_that_pays_and_spends_little_on_finding_out() -> None:
     assert time < 0.02 + compute_bound(StepPlan(0.25)) + 0.03 * 0.5
     assert not any(plan.fraction < 1.0 for plan in plans[: RULES.exact_steps])
     assert controller.saved == pytest.approx(1000 * (1 - time), rel=0.15)
+
+
+def test_a_machine_that_slows_down_is_no_reason_to_give_up() -> None:
+    """Exact steps were timed when it was fast; what they take now is found out before predictions end."""
+    calls = count()
+
+    def slowing(plan: StepPlan) -> float:
+        return compute_bound(plan) * (1.0 if next(calls) < 300 else 2.0)
+
+    controller, plans, _ = simulate(600, slowing, lambda at: 0.02)
+    assert controller.fraction < 1.0
+    assert sum(plan.fraction < 1.0 for plan in plans[100:]) > 430
 
 
 def test_a_better_prediction_allows_a_smaller_fraction() -> None:
