@@ -146,11 +146,8 @@ class Call:
 
     def _pull(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Formula (1): from ``dL/dH``, the estimated gradients of ``h0`` and of the parameters."""
-        gradients, comparison, m = (
-            Gradients(self.parameters, scaled=self.how.half == torch.float16),
-            Comparison(),
-            self.m,
-        )
+        gradients = Gradients(self.parameters, scaled=self.how.half == torch.float16)
+        comparison, m = Comparison(), self.m
         walked: Iterator[Walked] | None = None
         if not self.whole:
             delta = delta.index_select(0, self.order)

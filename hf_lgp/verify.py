@@ -82,15 +82,17 @@ def verified(
         for part in (part for stack in stacks for part in stack.parts):
             part.block.train()  # where some do what they do not do in evaluation
         held = [(b, b.clone(), m, name) for s in stacks for p in s.parts for m, name, b in _buffers(p.block)]
-        for plan in (StepPlan(0.5, first_row=True), *[by_group] * vectorized):
-            try:
-                run(stacks, plan)
-            except UnknownBlock:
-                vectorized = False
         moved = []
-        for buffer, before, module, name in held:
-            moved += [name] if module._buffers[name] is not buffer or not torch.equal(buffer, before) else []
-            module._buffers[name] = buffer.copy_(before)
+        try:
+            for plan in (StepPlan(0.5, first_row=True), *[by_group] * vectorized):
+                try:
+                    run(stacks, plan)
+                except UnknownBlock:
+                    vectorized = False
+        finally:  # also where memory runs out
+            for buffer, before, module, name in held:
+                moved += [name] if module._buffers[name] is not buffer or not torch.equal(buffer, before) else []
+                module._buffers[name] = buffer.copy_(before)
         if moved:
             raise UnknownBlock(f"its blocks keep statistics of what passes through them, `{moved[0]}`")
     return tuple(stacks), replace(how, vectorized=vectorized)

@@ -35,7 +35,7 @@ class RowBudget:
 
 @dataclass(frozen=True)
 class HowToWalk:
-    """What the walk needs besides the notes."""
+    """How blocks are run on rows, and which rows are followed."""
 
     budget: RowBudget
     intercept: Intercept  # gives a context in which attention goes to another function
@@ -70,7 +70,7 @@ def walk(
         notes: What each noted of ``m`` examples.
         delta: Gradient of the stack's output, perhaps with a weight for each example; shape ``(m, T, D)``.
         leaves: What stands for the blocks' parameters.
-        how: The rest.
+        how: Which rows are followed, and how a block is run on them.
         first: The block below which nothing is wanted.
         needs_input: Whether the gradient of the rows that enter that block is.
         groups: Sums over examples are taken for each of so many groups by itself; 0 for over all.
