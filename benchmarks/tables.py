@@ -286,6 +286,61 @@ def paper_launches() -> str | None:
     return table(header, rows)
 
 
+def architectures() -> str | None:
+    """Every architecture that was tried: how well it is predicted, or why it is not."""
+    rows = []
+    for result in results("architectures*"):
+        for name, row in sorted(result["rows"].items()):
+            kind, model = name.split(": ")
+            if "exact_because" in row:
+                rows.append([kind, f"`{model}`", "exact", "", "", "", f"{row['exact_because'][:160]}"])
+                continue
+            share, price = row["explained"], row["price"]
+            pays = (
+                "predicted"
+                if price < PAYS and row["fraction"] != "1"
+                else "exact, last block on one row"
+                if price < PAYS
+                else "exact"
+            )
+            told = "" if pays == "predicted" else "predictions do not pay at this size"
+            at = f"{price:.2f} at {float(row['fraction']):g}"
+            rows.append(
+                [
+                    kind,
+                    f"`{model}`",
+                    pays,
+                    f"{share['mean']:.2f} / {share['weighted']:.2f}",
+                    at,
+                    f"{row['bias']:.0e}",
+                    told,
+                ]
+            )
+    header = ["reads", "model type", "steps of least price", "variance explained: mean over tensors / weighted"]
+    return table([*header, "price, and at which fraction", "bias, all draws", "why exact"], rows)
+
+
+def finetune_text() -> str | None:
+    """A pretrained BERT fine-tuned on texts."""
+    rows = []
+    for result in results("finetune_text*"):
+        for task, figures in result["summary"].items():
+            time, off = figures["time_ratio_95"], figures["accuracy_difference_95"]
+            accuracies = (f"{figures[f'accuracy_{arm}']:.1%}" for arm in ("trainer", "lgp"))
+            difference = (
+                f"{100 * figures['accuracy_difference']:+.1f} points ({100 * off[0]:+.1f} to {100 * off[1]:+.1f})"
+            )
+            ratio = f"{figures['time_ratio']:.2f} ({time[0]:.2f} to {time[1]:.2f})"
+            rows.append([f"{TEXTS[task]}, {figures['seeds']} seeds", ratio, *accuracies, difference])
+    header = ["MiniLM-L6 fine-tuned on", "time, in Trainer's (95%)", "accuracy, `Trainer`", "`LGPTrainer`"]
+    return table([*header, "difference (95%)"], rows)
+
+
+PAYS = 0.97
+"""A price below is one at which predictions pay."""
+
+TEXTS = {"reviews": "sentences of film reviews", "r8": "Reuters news"}
+
 TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [headline, baselines],
     "docs/measurements.md": [
@@ -299,7 +354,9 @@ TABLES: dict[str, list[Callable[[], str | None]]] = {
         versions,
         paper_cost,
         paper_launches,
+        finetune_text,
     ],
+    "docs/compatibility.md": [architectures],
 }
 
 

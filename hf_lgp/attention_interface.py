@@ -1,4 +1,4 @@
-"""Attention of ``transformers`` models, sent to another function for a while, whatever implementation the model is configured with."""
+"""Attention of models, sent to another function for a while: that of ``transformers``, whatever is configured, and PyTorch's own where a model calls it itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .rows.parts import AttentionFunction
@@ -16,10 +18,56 @@ from .rows.parts import AttentionFunction
 @contextmanager
 def intercepted_attention(function: AttentionFunction) -> Iterator[None]:
     """A context in which models call ``function`` for attention; their configuration, and the masks they make for it, stay as they are."""
-    original = AttentionInterface.get_interface
+    get_interface, product = AttentionInterface.get_interface, F.scaled_dot_product_attention
 
-    def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return partial(function, original(self, *args, **kwargs))
+    def interface(self: AttentionInterface, implementation: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return partial(configured, implementation, get_interface(self, implementation, *args, **kwargs))
 
-    with patch.object(AttentionInterface, "get_interface", get_interface):
-        yield
+    def configured(
+        implementation: str,
+        original: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any = None,
+        **options: Any,
+    ) -> Any:
+        def plain() -> Any:
+            with patch.object(F, "scaled_dot_product_attention", product):  # or it would be heard twice
+                return original(module, query, key, value, mask, **options)
+
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if implementation == "eager":  # for which causality is in the mask
+            causal = False
+        elif isinstance(mask, Tensor) and mask.dim() == 2:  # which rows are no padding, for flash attention
+            mask = mask[:, None, None].bool()
+        else:
+            causal = causal and mask is None
+        masks = tuple(m for m in (mask, options.get("position_bias")) if m is not None)
+        return function(plain, query, key, value, masks, causal, options.get("scaling"), options.get("dropout", 0.0))
+
+    def direct(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        def plain() -> tuple[Tensor, None]:
+            out = product(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return out.transpose(1, 2), None
+
+        if query.dim() != 4:
+            return plain()[0].transpose(1, 2)
+        masks = () if attn_mask is None else (attn_mask[(None,) * (4 - attn_mask.dim())],)
+        out: Tensor = function(plain, query, key, value, masks, is_causal, scale, dropout_p)[0]
+        return out.transpose(1, 2)
+
+    with patch.object(AttentionInterface, "get_interface", interface):
+        with patch.object(F, "scaled_dot_product_attention", direct):
+            yield

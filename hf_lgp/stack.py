@@ -21,7 +21,16 @@ from .call import Call, Observed
 from .control.plan import StepPlan
 from .rows.block import first_row_of_block
 from .rows.notes import map_tensors
-from .rows.parts import BlockParts, Intercept, NothingTrained, UnknownBlock, forward_replaced, heard, parts_of
+from .rows.parts import (
+    BlockParts,
+    Intercept,
+    NothingTrained,
+    UnknownBlock,
+    forward_replaced,
+    heard,
+    module_by_module,
+    parts_of,
+)
 from .rows.walk import HowToWalk
 from .sealed import FirstRow, Sealed, SpliceError
 
@@ -62,16 +71,22 @@ def find_stacks(
         NothingTrained: If no block has a parameter that is trained.
     """
     found = heard(model, run, intercept)
-    lists: list[list[nn.Module]] = []
+    parts: list[tuple[BlockParts, ...]] = []
+    within: set[nn.Module] = set()  # what stands in a list that was taken already
+    reasons: list[UnknownBlock] = []
     for module in model.modules():
-        children = list(module.children())
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not children:
+        blocks = list(module.children())
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not blocks or module in within:
             continue
-        if all(sum(m in found.spots for m in child.modules()) == 1 for child in children):
-            lists.append(children)
-    if not lists:
-        raise UnknownBlock("it has no list of blocks each of which calls attention once")
-    parts = [tuple(parts_of(block, found) for block in blocks) for blocks in lists]
+        if any(sum(len(found.spots.get(m, ())) for m in block.modules()) != 1 for block in blocks):
+            continue
+        try:
+            parts.append(tuple(parts_of(block, found) for block in blocks))
+            within.update(m for block in blocks for m in block.modules())
+        except UnknownBlock as reason:
+            reasons.append(reason)
+    if not parts:
+        raise next(iter(reasons), UnknownBlock("it has no list of blocks each of which calls attention once"))
     unbatched = frozenset() if fewer is None else _unbatched([p for each in parts for p in each], run, fewer)
     stacks = [Stack(each, unbatched) for each in parts]
     stacks = [stack for stack in stacks if stack.trains]
@@ -125,7 +140,7 @@ def spliced(
     for stack in stacks:
         runs = _Runs(stack, plan, numbers, how, observed)
         replaced += [(p.block, partial(runs.block, i, p.block.forward)) for i, p in enumerate(stack.parts)]
-    with forward_replaced(*replaced):
+    with module_by_module(), forward_replaced(*replaced):
         yield
 
 

@@ -53,6 +53,24 @@ def _bert() -> Any:
     return t.BertConfig(vocab_size=20, **_SIZES, **_STILL, num_labels=3)
 
 
+class Head(nn.Module):
+    """A classifier on what an encoder of images makes its summary."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.classifier = encoder, nn.Linear(8, 3)
+        self.config = t.PreTrainedConfig()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.classifier(self.encoder(pixel_values).pooler_output)
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+def _modernbert() -> Any:
+    still = {"embedding_dropout": 0.0, "mlp_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
+    return t.ModernBertConfig(vocab_size=20, **_SIZES, **still, num_labels=3, local_attention=4, pad_token_id=0)
+
+
 def _lora() -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -60,6 +78,73 @@ def _lora() -> Any:
         r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["classifier"]
     )
     return get_peft_model(t.ViTForImageClassification(t.ViTConfig(**_IMAGE)), config)
+
+
+class FusedAttention(nn.Module):
+    """As timm has it: queries, keys and values by one layer, and PyTorch's attention called by the module itself."""
+
+    def __init__(self, norms: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.q_norm, self.k_norm = (nn.LayerNorm(4), nn.LayerNorm(4)) if norms else (nn.Identity(), nn.Identity())
+        self.norm = nn.LayerNorm(8) if norms else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(self.norm(out.transpose(1, 2).reshape(x.shape)))
+
+
+class FusedBlock(nn.Module):
+    def __init__(self, norms: bool) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(8), FusedAttention(norms), nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Fused(nn.Module):
+    """A ViT as timm builds it: its blocks in an ``nn.Sequential``."""
+
+    def __init__(self, norms: bool) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 1, 8))
+        self.blocks = nn.Sequential(*(FusedBlock(norms) for _ in range(3)))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.config = t.PreTrainedConfig()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        rows = self.patches(pixel_values).flatten(2).mT
+        rows = self.norm(self.blocks(torch.cat([self.token.expand(len(rows), -1, -1), rows], 1)))
+        logits = self.head(rows[:, 0])
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+class OwnEncoder(nn.Module):
+    """PyTorch's own encoder, with padding."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, norm_first=norm_first)
+        self.words, self.encoder = nn.Embedding(20, 8), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.classifier, self.config = nn.Linear(8, 3), t.PreTrainedConfig()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        rows = self.encoder(self.words(input_ids), src_key_padding_mask=attention_mask == 0)
+        logits = self.classifier((rows * attention_mask[..., None]).mean(1))
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+def _decoder(kind: str, **more: Any) -> Any:
+    config = t.AutoConfig.for_model(kind, vocab_size=20, num_labels=3, pad_token_id=0, use_cache=False, **more)
+    return t.AutoModelForSequenceClassification.from_config(config)
+
+
+_GROUPED = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+_GPT2 = {"n_embd": 8, "n_layer": 3, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 @dataclass(frozen=True)
@@ -89,9 +174,29 @@ ARCHITECTURES = {
     "bert": Architecture(lambda: t.BertForSequenceClassification(_bert()), "tokens"),
     "bert mean": Architecture(lambda: MeanBert(_bert()), "tokens"),
     "vit with lora": Architecture(_lora),
+    "dinov3": Architecture(lambda: Head(t.DINOv3ViTModel(t.DINOv3ViTConfig(**_IMAGE, num_register_tokens=1)))),
+    "modernbert": Architecture(lambda: t.ModernBertForSequenceClassification(_modernbert()), "tokens"),
+    "gpt2": Architecture(lambda: _decoder("gpt2", **_GPT2), "tokens"),
+    "llama": Architecture(lambda: _decoder("llama", **_GROUPED), "tokens"),
+    "qwen3": Architecture(lambda: _decoder("qwen3", **_GROUPED), "tokens"),
+    "fused": Architecture(lambda: Fused(False)),
+    "fused with norms": Architecture(lambda: Fused(True)),
+    "own encoder": Architecture(lambda: OwnEncoder(True), "tokens"),
+    "own encoder, norms last": Architecture(lambda: OwnEncoder(False), "tokens"),
 }
 
-READS_FIRST_ROW = {"vit", "deit", "beit class token", "vit msn", "bert", "vit with lora"}
+READS_FIRST_ROW = {
+    "vit",
+    "deit",
+    "beit class token",
+    "vit msn",
+    "bert",
+    "vit with lora",
+    "dinov3",
+    "modernbert",
+    "fused",
+    "fused with norms",
+}
 """Those whose head reads the first row alone."""
 
 

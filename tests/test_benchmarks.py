@@ -7,16 +7,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import every_architecture  # noqa: E402
+import finetune_text  # noqa: E402
 import gpu_check  # noqa: E402
 import predictability  # noqa: E402
+import small_models  # noqa: E402
 import step_cost  # noqa: E402
 import tables  # noqa: E402
 import versions  # noqa: E402
@@ -67,6 +72,41 @@ def test_arms_train_and_count_their_steps(result: dict[str, Any]) -> None:
     assert quarter["log"][-1]["lgp/fraction"] == 0.25
 
 
+def small_rows(*arguments: str) -> dict[str, Any]:
+    options = every_architecture.argument_parser().parse_args(["--batch", "4", *arguments])
+    found = {}
+    for name in ("vit", "resnet"):
+        model = small_models.build("image", transformers.CONFIG_MAPPING[name], name)
+        found[f"image: {name}"] = every_architecture.measured(model, model.config, "image", options)
+    return found
+
+
+def test_an_architecture_is_measured_or_refused_with_a_reason() -> None:
+    rows = small_rows("--steps", "3", "--rounds", "1")
+    assert "no list of blocks" in rows["image: resnet"]["exact_because"]
+    vit = rows["image: vit"]
+    assert vit["first_row"] and vit["blocks"] == [4] and vit["bias"] < 1e-10
+    assert 0.5 < vit["explained"]["weighted"] < 1.0 and vit["price"] > 0.0
+
+
+@pytest.mark.parametrize("reads", ["image", "video", "audio", "sequence"])
+def test_tasks_of_small_models_can_be_told_apart(reads: str) -> None:
+    """The mean example of a class is nearer to other examples of it than that of another class."""
+    config = SimpleNamespace(model_type="audio-spectrogram-transformer" if reads == "audio" else "")
+    known, new = (small_models.examples_of(reads, config, 400, seed) for seed in (0, 1))
+    name = next(iter(known))
+
+    def features(examples: dict[str, Any]) -> torch.Tensor:
+        values = examples[name]
+        if reads == "sequence":
+            return torch.nn.functional.one_hot(values, 256)[..., 44:].float().mean(1)
+        return torch.fft.fft2(values.float()).abs().flatten(1) if reads != "audio" else values.mean(1)
+
+    means = torch.stack([features(known)[known["labels"] == k].mean(0) for k in range(small_models.CLASSES)])
+    guessed = torch.cdist(features(new), means).argmin(1)
+    assert float((guessed == new["labels"]).float().mean()) > 0.5
+
+
 def test_tables_are_drawn_from_whatever_is_there(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +126,13 @@ def test_tables_are_drawn_from_whatever_is_there(
     on_paper = {"gpus": {"T4": {"32": figures}}, "assumed": {"T4": {"dtype": "fp16"}}, "settings": {"vit": VIT}}
     on_paper["launches"] = {"exact": 900, "predicted": 2000, "measuring": 5000}
     write_json(tmp_path / "paper_cost_tiny.json", on_paper)
+    write_json(tmp_path / "architectures_tiny.json", {"rows": small_rows("--steps", "2", "--rounds", "1")})
+    cells = [
+        {"task": "r8", "arm": a, "seed": s, "seconds": 1.0 + s, "accuracy": 0.5}
+        for a in ("trainer", "lgp")
+        for s in (0, 1)
+    ]
+    write_json(tmp_path / "finetune_text.json", {"summary": finetune_text.summary(cells)})
     drawn = [make() for make in makes]
     assert None not in drawn
     assert "a quarter exact | 1 | 100% |" in "".join(drawn)  # type: ignore[arg-type]

@@ -48,7 +48,9 @@ class TwoCalls(LGPTrainer):
     """R-Drop: two passes, drawn towards each other."""
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        shifted = {k: v + 0.1 if v.is_floating_point() else v.flip(1) for k, v in without(inputs).items()}
+        shifted = {
+            k: v.flip(1) if k == "input_ids" else v + 0.1 * v.is_floating_point() for k, v in without(inputs).items()
+        }
         one, other = logits_of(model(**without(inputs))), logits_of(model(**shifted))
         return F.cross_entropy(one, inputs["labels"]) + (one.softmax(-1) - other.softmax(-1)).square().sum()
 

@@ -7,9 +7,11 @@ of the key layer shifts all scores of a query alike and has no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -93,31 +95,56 @@ class FoldedAttention(torch.autograd.Function):
 
 
 Affine = tuple[Tensor, Tensor | None]
-"""Weight and bias of a linear layer."""
+"""Weight ``(H, d, D)`` and bias ``(H, 1, d)`` of an affine map from rows to heads."""
 
 
-def attend_folded(
-    query: Tensor, x: Tensor, key: Affine, value: Affine, bias: Tensor | None, kept: Tensor | None
+def attend(
+    query: Tensor, x: Tensor, key: Affine | Tensor, value: Affine | Tensor, bias: Tensor | None, dropout: float
 ) -> Tensor:
-    """Attention of a few rows to all, keys and values being linear in ``x``.
+    """Attention of a few rows to all.
 
-    ``query`` is ``(m, H, S, d)`` and scaled, ``x`` ``(m, T, D)``, a layer's weight ``(H d, D)``; ``bias`` and ``kept``, what is added to scores and what
-    dropout leaves of probabilities, broadcast to ``(m, H, S, T)``. The result is ``(m, S, H, d)``.
+    Args:
+        query: Scaled, shape ``(m, H, S, d)``.
+        x: Rows that keys and values are made of, shape ``(m, T, D)``.
+        key: Keys ``(m, H', T, d)`` with ``H'`` a divisor of ``H``, of which each serves as many heads that follow one another; or, of ``x``, the affine map that makes them.
+        value: The same for values.
+        bias: What is added to scores; broadcasts to ``(m, H, S, T)``.
+        dropout: Probability with which a probability becomes zero.
+
+    Returns:
+        Shape ``(m, S, H, d)``.
     """
-    _, heads, _, d = query.shape
+    m, heads, s, d = query.shape
+    times = heads // (key[0].shape[0] if isinstance(key, tuple) else key.shape[1])
+    if times > 1:  # heads that share keys are taken for rows
+        query = query.reshape(m, heads // times, times * s, d)
+        if bias is not None:
+            bias = bias.expand(-1, heads, s, -1).reshape(len(bias), heads // times, times * s, -1)
+    out = _attend(query, x, key, value, bias, dropout)
+    return out if times == 1 else out.unflatten(1, (times, s)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _attend(
+    query: Tensor, x: Tensor, key: Affine | Tensor, value: Affine | Tensor, bias: Tensor | None, dropout: float
+) -> Tensor:
     dtype = query.dtype
-    k, v = (weight.to(dtype).view(heads, d, -1) for weight, _ in (key, value))
-    b = None if value[1] is None else value[1].to(dtype).view(heads, 1, d)
-    bias, kept = (None if t is None else t.transpose(1, 2) for t in (bias, kept))
-    return FoldedAttention.apply(query.transpose(1, 2).contiguous(), k, v, b, x.to(dtype), bias, kept, key[1])[0]
-
-
-def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, kept: Tensor | None) -> Tensor:
-    """The same with keys and values of all rows, shape ``(m, H, T, d)``."""
-    scores = query @ keys.mT
+    kept = F.dropout(query.new_ones(*query.shape[:3], x.shape[1]), dropout) if dropout > 0.0 else None
+    if isinstance(key, tuple) and isinstance(value, tuple):
+        (k, key_bias), (v, v_bias) = ((w.to(dtype), None if b is None else b.to(dtype)) for w, b in (key, value))
+        bias, kept = (None if t is None else t.transpose(1, 2) for t in (bias, kept))
+        return FoldedAttention.apply(
+            query.transpose(1, 2).contiguous(), k, v, v_bias, x.to(dtype), bias, kept, key_bias
+        )[0]
+    assert isinstance(key, Tensor)
+    scores = query @ key.mT
     scores = scores if bias is None else scores + bias
-    p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    return ((p if kept is None else p * kept) @ values).transpose(1, 2)
+    p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+    p = p if kept is None else p * kept
+    if isinstance(value, Tensor):
+        return (p @ value).transpose(1, 2)
+    weight, v_bias = value
+    pooled = (p.transpose(1, 2).flatten(1, 2) @ x.to(dtype)).unflatten(1, (p.shape[2], p.shape[1]))
+    return _by_head(pooled, weight.mT.to(dtype), None if v_bias is None else v_bias.to(dtype))
 
 
 def _heads_first(rows: Tensor) -> Tensor:
@@ -145,20 +172,44 @@ def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return product.baddbmm_(c, d)
 
 
-def rows_of_bias(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What an attention mask adds to the scores of a few query rows.
+def rows_of_bias(
+    masks: Sequence[Tensor], causal: bool, length: int, weights: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """What attention masks add to the scores of a few query rows.
 
-    ``mask`` broadcasts to ``(m, H, T, T)`` and is boolean, True where a key may be read, or added to scores. ``weights (m, T, S)`` tell how much of each row a
-    query row consists of, None the first row alone. The result, broadcastable to ``(m, H, S, T)``, is the mean over those rows.
+    A query row that stands for several gives a key the mean of what its rows' masks let through, ``log sum_t w_t exp(bias_t)``: of a key that half of them may not read, half.
+
+    Args:
+        masks: Each broadcasts to ``(m, H, T, T)`` and is boolean, True where a key may be read, or added to scores.
+        causal: Whether a row reads none behind it.
+        length: ``T``.
+        weights: How much of each row a query row consists of, shape ``(m, T, S)``; None: the first row alone.
+        like: A tensor of the result's dtype and device.
+
+    Returns:
+        Broadcastable to ``(m, H, S, T)``; None if nothing is added.
+
+    Raises:
+        SpliceError: If a mask has another form.
     """
-    if mask is None:
+    least = torch.finfo(like.dtype).min / 2  # half, since sums with it must not leave the range
+    total: Tensor | None = None
+    wide = torch.promote_types(like.dtype, torch.float32)
+    none = torch.zeros((), dtype=wide, device=like.device)
+    if causal:
+        masks = (*masks, torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device).tril())
+    for mask in masks:
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            raise SpliceError("its attention has a mask of another form than `(examples, heads, rows, rows)`")
+        added = none.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(wide)
+        total = added if total is None else total + added
+    if total is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 4:  # such as a flash attention's of rows that are padding
-        raise SpliceError("its attention has a mask of another form than `(examples, heads, rows, rows)`")
-    if mask.dtype == torch.bool:
-        # Half of the smallest number: sums with it must not leave the range.
-        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min / 2)
-    mask = mask.to(dtype)
-    if mask.shape[2] > 1:
-        mask = mask[:, :, :1] if weights is None else weights.mT.unsqueeze(1).to(dtype) @ mask
-    return mask
+    total = total.clamp_min(torch.finfo(total.dtype).min / 2)
+    if total.shape[2] > 1 and weights is None:
+        total = total[:, :, :1]
+    elif total.shape[2] > 1 and weights is not None:
+        top = total.amax((2, 3), keepdim=True).detach()
+        through = weights.mT.unsqueeze(1).to(total.dtype) @ (total - top).exp()
+        total = through.clamp_min(1e-30).log() + top  # whose gradient at 0 would be infinite
+    return total.clamp_min(least).to(like.dtype)

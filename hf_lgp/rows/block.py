@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend_folded, attend_plainly, rows_of_bias
+from .attention import attend, rows_of_bias
 from .groups import mean_rows
-from .norms import norm_of_means, noted_norm
-from .notes import BlockNotes, StreamNotes
+from .norms import Norm, norm_of_means, noted_norm
+from .notes import BlockNotes, StreamNotes, map_tensors
 from .parts import BlockParts, Intercept, forward_replaced
 
 _Forward = Callable[..., Any]
@@ -26,10 +26,10 @@ def noting(parts: BlockParts) -> Iterator[Callable[[], StreamNotes]]:
     scales: dict[int, list[Tensor]] = {k: [] for k, _ in enumerate(parts.norms)}
     kept: dict[int, list[Tensor]] = {k: [] for k, _ in active}
 
-    def norm_forward(k: int, norm: nn.LayerNorm) -> _Forward:
+    def norm_forward(k: int, norm: Norm) -> _Forward:
         def forward(rows: Tensor) -> Tensor:
             if rows.dim() != 3:
-                return type(norm).forward(norm, rows)
+                return type(norm.module).forward(norm.module, rows)
             out, scale = noted_norm(norm, rows)
             scales[k].append(scale)
             return out
@@ -46,14 +46,10 @@ def noting(parts: BlockParts) -> Iterator[Callable[[], StreamNotes]]:
 
         return forward
 
-    replaced: list[tuple[nn.Module, _Forward]] = [(norm, norm_forward(k, norm)) for k, norm in enumerate(parts.norms)]
+    replaced: list[tuple[nn.Module, _Forward]] = [(n.module, norm_forward(k, n)) for k, n in enumerate(parts.norms)]
     replaced += [(dropout, dropout_forward(k, dropout)) for k, dropout in active]
     with forward_replaced(*replaced):
         yield lambda: StreamNotes({m: tuple(t) for m, t in scales.items()}, {m: tuple(t) for m, t in kept.items()})
-
-
-class _Read(BaseException):
-    """Leaves an attention module once it has made its keys and values."""
 
 
 def run_rows(
@@ -67,48 +63,74 @@ def run_rows(
 ) -> Any:
     """A block's output for a few rows, its attention reading all rows.
 
-    ``x (m, T, D)`` is what keys and values are made of, ``rows (m, S, D)`` the rows to follow, ``normal`` the same after the block's front norm, if it has one.
-    ``weights (m, T, S)`` tell what they consist of; None stands for the first row alone, whose output is then the model's own. The result is what the block
-    returns: rows ``(m, S, D)``, or a tuple that begins with them.
+    Where layers make keys and values that are affine in ``x``, these are never formed. Elsewhere the attention module itself runs on all rows up to its attention, and on the few behind that: it
+    may rotate, norm or cut its queries and keys as it likes.
+
+    Args:
+        parts: The block.
+        notes: What it noted of its forward.
+        x: What keys and values are made of, shape ``(m, T, D)``.
+        rows: The rows to follow, shape ``(m, S, D)``.
+        normal: The same after the block's front norm, if it has one.
+        weights: What they consist of, shape ``(m, T, S)``; None stands for the first row alone, whose output is then the model's own.
+        intercept: Gives a context in which attention goes to another function.
+
+    Returns:
+        What the block returns: rows ``(m, S, D)``, or a tuple that begins with them.
     """
-    made: list[Tensor] = []  # keys and values of all rows, where they do not fold
+    length, few, exact = x.shape[1], rows.shape[1], weights is None
+    key, value = (None if p is None or (exact and p.random) else p for p in (parts.key, parts.value))
+    folds = key is not None and value is not None
+    on_few = folds and all(p is not None and p.module is not parts.attention for p in (key, value))
+    on_all = False  # whether modules of the block meet all rows
 
-    def attend(
-        plain: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+    def of_few(t: Any) -> Any:
+        return t[:, :few] if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == length else t
+
+    def meeting(of_all: _Forward, of_rows: _Forward) -> _Forward:
+        return lambda rows: of_all(rows) if on_all else of_rows(of_few(rows))
+
+    def attend_rows(
+        plain: Any, query: Tensor, keys: Tensor, values: Tensor, masks: Any, causal: bool, scaling: Any, dropout: float
     ) -> Any:
-        scale = kwargs.get("scaling")
-        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-        bias = rows_of_bias(mask, weights, query.dtype)
+        nonlocal on_all
+        if not on_few:
+            query = query[:, :, :1] if weights is None else weights.mT.unsqueeze(1).to(query.dtype) @ query
+        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        bias = rows_of_bias(masks, causal, length, weights, query)
+        on_all = True
+        made_of = key.affine(x) if folds and key is not None else keys, values if value is None else value.affine(x)
+        on_all = False
         # The exact forward of the first row has the model's dropout; the walk its expectation, none.
-        p = 0.0 if weights is not None else kwargs.get("dropout", 0.0)
-        kept = F.dropout(query.new_ones(*query.shape[:3], x.shape[1]), p) if p > 0.0 else None
-        if parts.key is not None and parts.value is not None:
-            key_layer, value_layer = ((layer.weight, layer.bias) for layer in (parts.key, parts.value))
-            return attend_folded(query, x, key_layer, value_layer, bias, kept), None
-        if not made:
-            made.extend((key, value))
-            raise _Read
-        return attend_plainly(query, made[0], made[1], bias, kept), None
+        out = attend(query, x, *made_of, bias, dropout if exact else 0.0)
+        return (out if on_few else F.pad(out, (0, 0, 0, 0, 0, length - few))), None
 
+    def attention_of_rows(*args: Any, **kwargs: Any) -> Any:
+        nonlocal on_all
+        first = args[0] if args else next(iter(kwargs.values()))
+        args, kwargs = map_tensors(lambda t: x if t is first else t, (args, kwargs))
+        on_all = True
+        return map_tensors(of_few, attention(*args, **kwargs))
+
+    attention = parts.attention.forward
     replaced: list[tuple[nn.Module, _Forward]] = [
-        (d, _dropout_of_rows(d, notes.stream.kept.get(k, ()))) for k, d in enumerate(parts.dropouts)
+        (d, meeting(_dropout_of_all(d, weights), _dropout_of_rows(d, notes.stream.kept.get(k, ()))))
+        for k, d in enumerate(parts.dropouts)
     ]
     if parts.front is not None:
         replaced.append((parts.front, lambda _: normal))
     if weights is not None:
-        replaced += [(norm, _norm_of_rows(norm, notes.stream.scales[k], weights)) for k, norm in enumerate(parts.norms)]
-    if parts.key is None or parts.value is None:
-        attention, of_all = parts.attention.forward, [(d, _dropout_of_all(d, weights)) for d in parts.dropouts]
-
-        def attention_of_rows(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with forward_replaced(*of_all), suppress(_Read):
-                attention(x, *args, **kwargs)  # makes keys and values in its own way
-            return attention(first, *args, **kwargs)
-
+        of_norms = [_norm_of_rows(norm, notes.stream.scales[k], weights) for k, norm in enumerate(parts.norms)]
+        replaced += [(n.module, meeting(n.module.forward, of)) for n, of in zip(parts.norms, of_norms, strict=True)]
+    if not on_few:
+        if parts.behind is not None and all(parts.behind is not module for module, _ in replaced):
+            behind = parts.behind.forward
+            replaced.append((parts.behind, lambda rows, *args, **kwargs: behind(of_few(rows), *args, **kwargs)))
         replaced.append((parts.attention, attention_of_rows))
-    else:  # the followed rows need no keys and values of their own
-        replaced += [(layer, _unmade(layer.out_features)) for layer in (parts.key, parts.value)]
-    with forward_replaced(*replaced), _without_checkpoint(parts.block), intercept(attend):
+    # What is folded need not be made.
+    unmade = (p for p in (key, value) if p is not None and p.alone and (folds or p is value))
+    replaced += [(p.module, _unmade(p.shape[0] * p.shape[1])) for p in unmade]
+    with forward_replaced(*replaced), _without_checkpoint(parts.block), intercept(attend_rows):
         # Its class's forward, not one that was put in its place.
         return type(parts.block).forward(parts.block, rows, *notes.args, **notes.kwargs)
 
@@ -131,12 +153,12 @@ def _unmade(width: int) -> _Forward:
     return lambda rows: rows.detach()[:1, :1, :1].expand(*rows.shape[:-1], width)
 
 
-def _norm_of_rows(norm: nn.LayerNorm, noted: Sequence[Tensor], weights: Tensor) -> _Forward:
+def _norm_of_rows(norm: Norm, noted: Sequence[Tensor], weights: Tensor) -> _Forward:
     scales = iter(noted)
 
     def forward(rows: Tensor) -> Tensor:
         if rows.dim() != 3:
-            return type(norm).forward(norm, rows)
+            return type(norm.module).forward(norm.module, rows)
         return norm_of_means(norm, rows, mean_rows(weights, next(scales)))
 
     return forward

@@ -18,7 +18,7 @@ def _patterns(length: int, bits: int, dtype: torch.dtype, device: torch.device) 
 
 
 def group_rows(hidden: Tensor, groups: int) -> Tensor:
-    """Group the rows of each example by which parts of the sequence they resemble; the first row stays by itself.
+    """Group the rows of each example by which parts of the sequence they resemble: shape ``(m, T, K)``, 1 where a row is in a group.
 
     A row's code has one bit per pattern: whether it lies further along the contrast of the sequence's parts that the pattern tells apart than
     the example's mean row. Neighbouring, similar rows come together. Every example is grouped by itself.
@@ -35,33 +35,34 @@ def group_rows(hidden: Tensor, groups: int) -> Tensor:
     code = beyond[..., 0].long()
     for bit in range(1, bits):
         code = code + (beyond[..., bit].long() << bit)
-    code = 1 + code % groups
-    code[:, 0] = 0
-    return F.one_hot(code, 1 + groups).to(torch.promote_types(hidden.dtype, torch.float32))
+    return F.one_hot(code % groups, groups).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def each_row(hidden: Tensor) -> Tensor:
+    """Membership with a group of its own for every row, in their order."""
+    rows = hidden.shape[1]
+    return torch.eye(rows, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device).expand(
+        len(hidden), -1, -1
+    )
 
 
 @lru_cache(maxsize=256)
-def _alone(groups: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Membership of rows with a group of their own behind ``groups`` others: shape ``(R, groups + R)``."""
-    return torch.eye(groups + rows, dtype=dtype, device=device)[groups:]
+def _alone(rows: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Membership of rows with a group of their own before ``groups`` others: shape ``(R, R + groups)``."""
+    return torch.eye(rows, rows + groups, dtype=dtype, device=device)
 
 
 def follow_singly(member: Tensor, asked: Tensor, rows: int) -> Tensor:
-    """Membership with a group of its own for each of the rows that were asked most: shape ``(m, T, 1 + K + R)``, ``R = min(rows, T - 1)``.
+    """Membership with a group of its own for each of the ``R`` rows that were asked most, which come first: shape ``(m, T, R + K)``.
 
     Args:
-        member: Membership, shape ``(m, T, 1 + K)``.
+        member: Membership, shape ``(m, T, K)``.
         asked: Sizes of the gradients that each row received so far, shape ``(m, T, 1)``, in any unit.
-        rows: How many to take out of their groups; the first row is one already.
+        rows: ``R``.
     """
-    rows = min(rows, member.shape[1] - 1)
-    if rows == 0:
-        return member
-    alone = _alone(member.shape[2], rows, member.dtype, member.device).expand(len(member), -1, -1)
-    which = asked[:, 1:].topk(rows, dim=1).indices.expand_as(alone)
-    followed = F.pad(member, (0, rows))
-    followed[:, 1:].scatter_(1, which, alone)
-    return followed
+    alone = _alone(rows, member.shape[2], member.dtype, member.device).expand(len(member), -1, -1)
+    which = asked.topk(rows, dim=1).indices.expand_as(alone)
+    return F.pad(member, (rows, 0)).scatter_(1, which, alone)
 
 
 def row_weights(member: Tensor, asked: Tensor) -> Tensor:

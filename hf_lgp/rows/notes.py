@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,13 @@ class BlockNotes:
     def take(self, part: slice) -> BlockNotes:
         """The notes of some examples."""
         return self.each(lambda t: t[part])
+
+    def met_by(self, followed: Tensor) -> BlockNotes:
+        """The same with what dropout left of the first row only for examples of which it is the first that is followed: by index, shape ``(m, 1, 1)``."""
+        if not self.stream.kept:
+            return self
+        kept = {k: tuple(torch.where(followed == 0, t, 1.0) for t in noted) for k, noted in self.stream.kept.items()}
+        return replace(self, stream=replace(self.stream, kept=kept))
 
     def tensors(self, unbatched: bool = False) -> list[Tensor]:
         """All tensors that have an entry for each example, or all."""

@@ -1,17 +1,23 @@
-"""The parts of a block that the walk must know: what its attention reads, which layers make keys and values, and its norms and dropouts."""
+"""The parts of a block that the walk must know: what its attention reads, what makes keys and values, and its norms and dropouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-AttentionFunction = Callable[..., Any]
-"""``(plain, module, query, key, value, mask, **options)``, ``plain`` being what the model would have called with the rest: ``query`` is ``(m, H, S, d)``, ``key`` and
-``value`` ``(m, H, T, d)``; the result is ``(m, S, H, d)`` and, or None, attention weights."""
+from .norms import Norm, norm_of
+from .projections import Projection, projection_of
+
+AttentionFunction = Callable[
+    [Callable[[], Any], Tensor, Tensor, Tensor, Sequence[Any], bool, float | None, float], tuple[Tensor, Any]
+]
+"""``(plain, query, key, value, masks, causal, scaling, dropout)``, ``plain()`` being what the model would have done: ``query`` is ``(m, H, S, d)``, ``key`` and
+``value`` ``(m, H', T, d)``, each of ``masks`` broadcasts to ``(m, H, S, T)``, ``scaling`` is None for ``1 / sqrt(d)``; the result is ``(m, S, H, d)`` and, or None, attention weights."""
 
 Intercept = Callable[[AttentionFunction], AbstractContextManager[None]]
 """A context in which a model's attention goes to another function."""
@@ -24,9 +30,10 @@ class BlockParts:
     block: nn.Module  # the block
     attention: nn.Module  # the module whose first argument is ``x``, the rows that keys and values are made of
     front: nn.Module | None  # the norm between the block's input and ``x``; None where ``x`` is the block's input
-    key: nn.Linear | None  # the layer whose output, split into heads, is the keys; None if they are made in another way
-    value: nn.Linear | None  # the same for values; None along with ``key``
-    norms: tuple[nn.LayerNorm, ...]  # layer norms of the block, without ``front``
+    behind: nn.Module | None  # the first module within it that is given what attention made
+    key: Projection | None  # the affine map from ``x`` to keys; None if they are made in another way
+    value: Projection | None  # the same for values
+    norms: tuple[Norm, ...]  # norms of the block, without ``front``
     dropouts: tuple[nn.Dropout, ...]  # its dropouts
 
 
@@ -52,31 +59,57 @@ def forward_replaced(*replacements: tuple[nn.Module, Callable[..., Any]]) -> Ite
         yield
 
 
-class Heard(NamedTuple):
-    """What one forward of a model was heard to do: the first call of every module."""
+@contextmanager
+def module_by_module() -> Iterator[None]:
+    """A context in which PyTorch's encoder layers call their modules even where no gradient is asked for."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
-    spots: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]  # query, key and value, by the module that called attention
+
+class Spot(NamedTuple):
+    """One call of attention: its query, key and value, and the modules that were running, the innermost last."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    running: tuple[nn.Module, ...]
+    behind: list[nn.Module]  # what ran next, and the modules that were running still
+
+
+class Heard(NamedTuple):
+    """What one forward of a model was heard to do in the first call of every module: calls of attention, by the innermost module, and what it was given and returned."""
+
+    spots: dict[nn.Module, list[Spot]]
     entered: dict[nn.Module, Any]  # first arguments
     made: dict[nn.Module, Any]  # what was returned
 
 
 def heard(model: nn.Module, run: Callable[[], Any], intercept: Intercept) -> Heard:
     """Run a model and listen."""
-    found = Heard({}, {}, {})
+    found, running, latest = Heard({}, {}, {}), list[nn.Module](), list[Spot]()
 
-    def note(
-        plain: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        found.spots.setdefault(module, (query, key, value))
-        return plain(module, query, key, value, *args, **kwargs)
+    def note(plain: Callable[[], Any], query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
+        out = plain()
+        if running and running[-1] not in found.made:
+            latest[:] = [Spot(query, key, value, tuple(running), [])]
+            found.spots.setdefault(running[-1], []).extend(latest)
+        return out
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         found.entered.setdefault(module, args[0] if args else next(iter(kwargs.values()), None))
+        if latest:
+            latest.pop().behind.extend((module, *running))
+        running.append(module)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         found.made.setdefault(module, out)
+        running.pop()
 
-    with ExitStack() as exits, intercept(note):
+    with ExitStack() as exits, module_by_module(), intercept(note):
         for module in model.modules():
             exits.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             exits.callback(module.register_forward_hook(after).remove)
@@ -90,32 +123,29 @@ def parts_of(block: nn.Module, found: Heard) -> BlockParts:
     Raises:
         UnknownBlock: If its attention reads something else than its input or a norm of it.
     """
-    attention = next(module for module in block.modules() if module in found.spots)
-    query, *spot = found.spots[attention]
-    hidden, x = found.entered.get(block), found.entered.get(attention)
-    if not isinstance(hidden, Tensor) or not isinstance(x, Tensor) or hidden.dim() != 3:
+    (spot,) = (spot for module in block.modules() for spot in found.spots.get(module, ()))
+    hidden = found.entered.get(block)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise UnknownBlock("its blocks do not take rows of shape (examples, rows, width)")
-    front: nn.Module | None = None
-    if x is not hidden:
-        between = (m for m in block.modules() if found.made.get(m) is x and found.entered.get(m) is hidden)
-        if (front := next(between, None)) is None:
-            raise UnknownBlock("its attention reads something else than a block's input or a norm of it")
-    if any(t.shape[2] != x.shape[1] for t in (query, *spot)):
+    attention, front = _attention_of(block, hidden, spot, found)
+    x = found.entered[attention]
+    if any(t.dim() != 4 or (len(t), t.shape[2]) != x.shape[:2] for t in (spot.query, spot.key, spot.value)):
         raise UnknownBlock("its attention does not have one query and one key for each row")
-    key, value = (_layer_of(t, query, x, attention, found) for t in spot)
-    folds = key is not None and value is not None
-    norms = tuple(m for m in block.modules() if isinstance(m, nn.LayerNorm) and m is not front)
+    behind = spot.behind[0] if attention in spot.behind[1:] else None
+    key, value = (projection_of(t, x, attention, found.entered, found.made) for t in (spot.key, spot.value))
+    norms = (norm_of(m, found.entered.get(m)) for m in block.modules() if m is not front)
     dropouts = tuple(m for m in block.modules() if isinstance(m, nn.Dropout))
-    return BlockParts(block, attention, front, key if folds else None, value if folds else None, norms, dropouts)
+    return BlockParts(block, attention, front, behind, key, value, tuple(n for n in norms if n is not None), dropouts)
 
 
-def _layer_of(heads: Tensor, query: Tensor, x: Tensor, attention: nn.Module, found: Heard) -> nn.Linear | None:
-    """The linear layer whose output, split into as many heads as there are queries, these are; None if there is none."""
-    m, count, t, d = heads.shape
-    for module in attention.modules() if count == query.shape[1] else ():
-        out: Any = found.made.get(module)
-        if type(module) is nn.Linear and found.entered.get(module) is x and out.shape == (m, t, count * d):
-            view = out.view(m, t, count, d).transpose(1, 2)
-            if view.data_ptr() == heads.data_ptr() and view.stride() == heads.stride():
-                return module
-    return None
+def _attention_of(block: nn.Module, hidden: Tensor, spot: Spot, found: Heard) -> tuple[nn.Module, nn.Module | None]:
+    """The innermost module around a call of attention that is given a block's input or a norm of it, and that norm."""
+    within = spot.running[spot.running.index(block) + 1 :] if block in spot.running else ()
+    for module in reversed(within):
+        x = found.entered[module]
+        if x is hidden:
+            return module, None
+        fronts = (m for m in block.modules() if found.made.get(m) is x and found.entered.get(m) is hidden)
+        if isinstance(x, Tensor) and (front := next(fronts, None)) is not None:
+            return module, front
+    raise UnknownBlock("its attention reads something else than a block's input or a norm of it")

@@ -1,7 +1,7 @@
 """The walk: from the last block to the first, each block itself is called on a few rows while its attention reads all rows.
 
-At each block ``S = 1 + K + R`` rows per example are followed: the first row, ``K`` means of groups of the others, and the ``R`` rows that were
-asked most so far, each by itself. Autograd gives the gradients of the block's parameters, of the followed rows, and of the rows that attention reads. A group's
+At each block ``S = 1 + R + K`` rows per example are followed: the row that most is asked of behind the stack, such as a class token, the ``R`` others that were
+asked most so far, each by itself, and ``K`` means of groups of the rest. Autograd gives the gradients of the block's parameters, of the followed rows, and of the rows that attention reads. A group's
 gradient is the sum over its rows; the row that stands for it is their mean, weighted by what each was asked so far.
 """
 
@@ -15,19 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from .block import run_rows
-from .groups import follow_singly, group_rows, mean_rows, row_weights
+from .groups import each_row, follow_singly, group_rows, mean_rows, row_weights
 from .leaves import Leaves, Run, by_group, expanded, run_eagerly
-from .norms import norm_of_means, noted_norm
+from .norms import Norm, norm_of_means, noted_norm
 from .notes import BlockNotes
 from .parts import BlockParts, Intercept
 
 _SMALL = 1e-20
 """What a row counts that nothing was asked of: where that holds for a whole group, its rows count alike."""
 
+_ALWAYS = 1e30
+"""What the row counts that is followed by itself in every block."""
+
 
 @dataclass(frozen=True)
 class RowBudget:
-    """How many rows of each example are followed besides the first: ``singly`` is ``R``, ``groups`` is ``K``."""
+    """How many rows of each example are followed besides the one asked most: ``singly`` is ``R``, ``groups`` is ``K``."""
 
     groups: int
     singly: int = 0
@@ -75,14 +78,20 @@ def walk(
         needs_input: Whether the gradient of the rows that enter that block is.
         groups: Sums over examples are taken for each of so many groups by itself; 0 for over all.
     """
-    member = group_rows(notes[min(1, len(notes) - 1)].hidden, how.budget.groups)
     wide = torch.promote_types(delta.dtype, torch.float32)  # ranks must not depend on a weight's rounding
     asked = delta.norm(dim=-1, keepdim=True, dtype=wide) + _SMALL
+    read = asked.argmax(1, keepdim=True)
+    asked.scatter_(1, read, _ALWAYS)
+    singly, hidden = 1 + how.budget.singly, notes[min(1, len(notes) - 1)].hidden
+    every = hidden.shape[1] <= singly + how.budget.groups
+    member = each_row(hidden) if every else group_rows(hidden, how.budget.groups)
     for i in reversed(range(first, len(parts))):
-        followed = follow_singly(member, asked, how.budget.singly)
+        followed = member if every else follow_singly(member, asked, singly)
         weights = row_weights(followed, asked)
         arriving = followed.mT.to(delta.dtype) @ delta
-        of_rows, of_hidden, own = _walk_block(parts[i], notes[i], weights, arriving, leaves, how, groups)
+        of_rows, of_hidden, own = _walk_block(
+            parts[i], notes[i] if every else notes[i].met_by(read), weights, arriving, leaves, how, groups
+        )
         if i == first and not needs_input:
             yield Walked(i, None, own)
             return
@@ -124,8 +133,9 @@ def _walk_block(
         of_rows, of_hidden, *of_own = torch.autograd.grad(
             out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True
         )
-    if of_hidden is None:  # a block that is left out at random hands its rows on
-        of_hidden = torch.zeros_like(notes.hidden)
+    # A block that is left out at random hands its rows on.
+    of_rows = torch.zeros_like(arriving) if of_rows is None else of_rows
+    of_hidden = torch.zeros_like(notes.hidden) if of_hidden is None else of_hidden
     return of_rows, of_hidden, dict(zip(keys, of_own, strict=True))
 
 
@@ -135,8 +145,9 @@ def _rows_of_block(
     """A block's output for the followed rows, with a graph from them, from all rows as attention reads them and from its parameters."""
     x, normal = hidden, None
     if isinstance(parts.front, nn.LayerNorm):
-        x, scale = noted_norm(parts.front, hidden)
-        normal = norm_of_means(parts.front, rows, mean_rows(weights, scale))
+        front = Norm(parts.front, True)
+        x, scale = noted_norm(front, hidden)
+        normal = norm_of_means(front, rows, mean_rows(weights, scale))
     with torch.autocast(hidden.device.type, dtype=how.half, enabled=how.half is not None, cache_enabled=False):
         if parts.front is not None and normal is None:
             x = parts.front(hidden)

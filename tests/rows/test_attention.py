@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_lgp.rows.attention import FoldedAttention, rows_of_bias
+from hf_lgp.rows.attention import FoldedAttention, attend, rows_of_bias
 from hf_lgp.sealed import SpliceError
 
 M, S, T, H, D_HEAD, WIDTH = 2, 3, 5, 2, 4, 6
@@ -63,26 +63,61 @@ def test_what_dropout_leaves_multiplies_the_probabilities() -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("folded", ["", "value", "key and value"])
+def test_keys_and_values_may_be_made_or_folded_and_shared(folded: str, shared: int, dropout: float) -> None:
+    given = tensors()
+    q, key, value, value_bias, x, bias = (t for t in given.values() if t is not None)
+    query = q.repeat_interleave(shared, 2).transpose(1, 2)
+    keys, values = torch.einsum("mtw,hdw->mhtd", x, key), torch.einsum("mtw,hdw->mhtd", x, value) + value_bias
+    of_key: Any = (key, None) if "key" in folded else keys
+    of_value: Any = (value, value_bias) if "value" in folded else values
+    mask = bias.transpose(1, 2).repeat_interleave(shared, 1)
+    out = attend(query, x, of_key, of_value, mask, dropout)
+    expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=1.0, enable_gqa=True).transpose(1, 2)
+    if dropout:  # of folded attention the bias is left
+        expected = value_bias[:, 0].repeat_interleave(shared, 0).expand_as(out) if folded else torch.zeros_like(out)
+    torch.testing.assert_close(out, expected)
+
+
+LIKE = torch.zeros((), dtype=torch.float64)
+
+
 def test_a_mask_for_keys_alone_holds_for_every_row() -> None:
     mask = torch.tensor([True, True, False])[None, None, None]
-    bias = rows_of_bias(mask, torch.rand(1, 3, 2), torch.float32)
+    bias = rows_of_bias([mask], False, 3, torch.rand(1, 3, 2), LIKE)
     assert bias is not None and bias.shape == (1, 1, 1, 3)
-    assert torch.equal((torch.zeros(1, 1, 2, 3) + bias).softmax(-1)[0, 0, 0], torch.tensor([0.5, 0.5, 0.0]))
+    assert torch.equal((torch.zeros(1, 1, 2, 3) + bias).softmax(-1)[0, 0, 0], LIKE.new_tensor([0.5, 0.5, 0.0]))
 
 
-def test_a_mask_by_rows_is_averaged_as_the_rows_are() -> None:
+def test_a_key_counts_in_the_mean_of_what_the_rows_masks_let_through() -> None:
     mask = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     weights = torch.tensor([[[1.0, 0.0], [0.0, 0.25], [0.0, 0.75]]], dtype=torch.float64)
-    bias = rows_of_bias(mask, weights, torch.float64)
+    bias = rows_of_bias([mask], False, 3, weights, LIKE)
     assert bias is not None
     torch.testing.assert_close(bias[:, :, 0], mask[:, :, 0])
-    torch.testing.assert_close(bias[:, :, 1], 0.25 * mask[:, :, 1] + 0.75 * mask[:, :, 2])
-    first = rows_of_bias(mask, None, torch.float64)
+    torch.testing.assert_close(bias[:, :, 1].exp(), 0.25 * mask[:, :, 1].exp() + 0.75 * mask[:, :, 2].exp())
+    first = rows_of_bias([mask], False, 3, None, LIKE)
     assert first is not None and torch.equal(first, mask[:, :, :1])
+
+
+def test_causal_rows_read_none_behind_them_and_masks_add_up() -> None:
+    weights = torch.tensor([[[0.5, 0.0], [0.5, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    bias = rows_of_bias([torch.full((1, 1, 3, 3), 0.7)], True, 3, weights, LIKE)
+    assert bias is not None
+    torch.testing.assert_close(bias.exp() / 2.0137527, LIKE.new_tensor([[[[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]]]))
+
+
+def test_a_learnt_mask_has_finite_gradients_where_nothing_may_be_read() -> None:
+    learnt = torch.zeros(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = rows_of_bias([learnt], True, 3, torch.full((2, 3, 1), 1 / 3, dtype=torch.float64), LIKE)
+    assert bias is not None
+    (gradient,) = torch.autograd.grad(bias.softmax(-1)[..., 0].sum(), learnt)
+    assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 3, dtype=torch.bool), "block mask"])
 def test_masks_of_another_form_are_refused(mask: Any) -> None:
-    """Flash attention's tells which rows of an example are padding."""
     with pytest.raises(SpliceError, match="mask of another form"):
-        rows_of_bias(mask, None, torch.float32)
+        rows_of_bias([mask], False, 3, None, LIKE)
