@@ -43,7 +43,8 @@ class Call:
     ) -> None:
         kind = h0.device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.parts, self.unbatched, self.observed, self.how = parts, unbatched, observed, replace(how, half=half)
+        self.parts, self.unbatched, self.observed = parts, unbatched, observed
+        self.how = replace(how, half=half, budget=how.budget.doubled(plan.rows))
         self.m, self.controls = len(h0), control_size(len(h0), plan.fraction)
         self.whole = self.controls == self.m
         seed, device = private_seed(plan.seed, number), h0.device

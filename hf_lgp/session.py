@@ -68,7 +68,8 @@ class Session:
         """What the controller is asked for."""
         s = self.settings
         first_row = self.method is not None and self.method.has_first_row
-        return Rules(s.control_fraction, s.variance_budget or float("inf"), self.exact_steps, first_row)
+        budget = s.variance_budget or float("inf")
+        return Rules(s.control_fraction, budget, self.exact_steps, first_row, s.doublings)
 
     def unchecked(self, trained: int) -> bool:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""
@@ -177,7 +178,7 @@ class Session:
                 n = len(spread.total)
                 residual, total, values = residual + values[:n], total + values[n : 2 * n], values[2 * n :]
             if total:
-                controller = controller.measured(residual, total, reading.plan.measure, reading.at)
+                controller = controller.measured(residual, total, reading.plan.measure, reading.at, reading.plan.rows)
         self.controller = controller
 
     def figures(self) -> dict[str, float]:
@@ -192,7 +193,7 @@ class Session:
                 figures["variance_explained"] = 1.0 - controller.residual_share
                 figures["variance"] = controller.variance(fraction)
             plain = controller.seconds(StepPlan())
-            own = controller.seconds(StepPlan(fraction, first_row=self.rules.first_row))
+            own = controller.seconds(StepPlan(fraction, first_row=self.rules.first_row, rows=controller.rows))
             if plain and own:
                 figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
         return {name: round(value, 6) for name, value in figures.items()}

@@ -9,6 +9,7 @@ PREDICTORS = ("auto", "rows", "linear")
 Kernel = Literal["linear", "rbf"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
+_ROWS, _DOUBLINGS = 2, 2
 _EXACT_SHARE, _MOST_EXACT_STEPS = 10, 100
 """A run begins with exact steps: one in so many of its optimizer steps, and at most so many."""
 
@@ -22,8 +23,8 @@ class LGPSettings:
         variance_budget: Largest relative variance that a fraction which is chosen may cause, above 1; 0: no limit.
         exact_steps: Exact optimizer steps before a fraction is chosen; None: a tenth of the run, 100 at most.
         predictor: ``rows``: the row walk, an error where it is not possible; ``auto``: exact there; ``linear``: the paper's.
-        groups: ``K``, means of rows that the row walk follows besides the first row.
-        single_rows: ``R``, rows that it follows one by one besides these: those with the largest gradients.
+        groups: ``K``, means of rows that the row walk follows besides the row that is asked most; None: 2, or 4 or 8 where measurements say that it pays.
+        single_rows: ``R``, rows that it follows one by one besides these: those with the largest gradients; None: the same.
         seed: Of the private random stream that draws the control examples.
         window: Linear predictor: recent exact examples that it is fitted on.
         rank: Linear predictor: basis vectors per side of a weight matrix.
@@ -38,8 +39,8 @@ class LGPSettings:
     variance_budget: float = 1.1
     exact_steps: int | None = None
     predictor: str = "auto"
-    groups: int = 2
-    single_rows: int = 2
+    groups: int | None = None
+    single_rows: int | None = None
     seed: int = 0
     window: int = 2048
     rank: int = 16
@@ -62,7 +63,7 @@ class LGPSettings:
                 f"`lgp_exact_steps` must not be negative, got {self.exact_steps}. Leave it out to have it chosen."
             )
         for name, least in (("groups", 1), ("single_rows", 0), ("window", 2), ("rank", 1)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`lgp_{name}` must be at least {least}, got {getattr(self, name)}.")
         if not self.ridge > 0:
             raise ValueError(f"`lgp_ridge` must be positive, got {self.ridge}.")
@@ -74,6 +75,16 @@ class LGPSettings:
     def demanded(self) -> bool:
         """Whether a model that cannot be predicted is an error."""
         return 0.0 < self.control_fraction < 1.0 or self.predictor != "auto"
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """``K`` and ``R`` to begin with."""
+        return _ROWS if self.groups is None else self.groups, _ROWS if self.single_rows is None else self.single_rows
+
+    @property
+    def doublings(self) -> int:
+        """How often both may be doubled."""
+        return _DOUBLINGS if self.groups is None and self.single_rows is None else 0
 
     def exact_steps_of(self, steps: int) -> int:
         """Optimizer steps that are exact before an automatic control fraction."""

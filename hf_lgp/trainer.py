@@ -165,7 +165,7 @@ class LGPTrainer(Trainer):
             else:
                 examples = examples_of(batch)
                 # Some losses want a whole batch.
-                budget = RowBudget(settings.groups, settings.single_rows)
+                budget = RowBudget(*settings.rows)
                 count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                 run: Run = run_eagerly
                 if self.args.torch_compile:

@@ -44,9 +44,13 @@ class LGPTrainingArguments(TrainingArguments):
         "linear: the paper's predictor.",
         choices=list(PREDICTORS),
     )
-    lgp_groups: int = _setting(2, "Means of rows that the row walk follows besides the first row of a sequence.")
-    lgp_single_rows: int = _setting(
-        2, "Rows that it follows one by one besides these: those with the largest gradients."
+    lgp_groups: int | None = _setting(
+        None,
+        "Means of rows that the row walk follows besides the row of a sequence that is asked most; by default 2, or 4 or 8 where "
+        "measurements say that it pays.",
+    )
+    lgp_single_rows: int | None = _setting(
+        None, "Rows that it follows one by one besides these: those with the largest gradients; by default the same."
     )
     lgp_seed: int = _setting(0, "Seed of the private random stream that draws control examples; others stay untouched.")
     lgp_window: int = _setting(2048, "Linear predictor: recent exact examples that it is fitted on.")

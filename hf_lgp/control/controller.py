@@ -4,6 +4,8 @@ An automatic run goes through three stages. *Exact*: its first steps, in which p
 only, and the residual's share of the variance is measured. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
 micro-batches, so that its time is known. *Predicting*: it is followed as long as its measured price is the best; now and then a
 micro-batch measures the share, and a plain one is timed. Before it is given up, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
+
+Where the share is too large for small fractions, it is measured with twice as many rows followed, and twice as many again; what that costs is seen in the times of the measurements.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from typing import Any
 
 from ..estimator import FRACTIONS, control_size, price, relative_variance
 from .plan import GROUPS, StepPlan
+from .residual import Residual
 
 # In micro-batches, where nothing else is said.
 PERIOD = 8  # between two decisions
 MEASURE_EVERY = 32  # between two measurements while gradients are predicted
 CLEAN_EVERY = 101  # between two plain exact ones while others are not, to time them; prime to what recurs otherwise
-_MEASUREMENTS = 8  # measurements before the first choice
-_MEMORY = 512.0  # after which a measurement counts 1/e: sixteen measurements, while gradients are predicted
+_MEASUREMENTS, _MORE = 8, 4  # measurements before the first choice, and with twice as many rows
+_SMALL_SHARE, _HELPS = (
+    0.03,
+    0.8,
+)  # residual shares: below which more rows are not tried, or with them relative to without
 _KEPT = 15  # latest times of each kind of step whose median counts
 _TRIAL = 6  # times of a kind of step before they are believed
 _SETTLING = 2  # after a change of plan, not timed: they allocate what later ones reuse
@@ -44,6 +50,7 @@ class Rules:
     budget: float  # largest relative variance that a choice may cause
     exact_steps: int  # optimizer steps at the start that are exact when the fraction is chosen
     first_row: bool  # whether some stack's last block can be run on the first row only
+    doublings: int = 0  # how often the number of rows that are followed may be doubled
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,8 @@ class Controller:
     seen: int = 0  # micro-batches so far
     fraction: float = 1.0  # the fraction followed; 1 for exact steps
     times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # latest, per unit of work, by kind of step
-    residual: tuple[float, ...] = ()  # faded sum over measurements of sigma_e^2, by tensor
-    total: tuple[float, ...] = ()  # the same of sigma^2
-    measurements: int = 0
-    measured_at: int = 0  # micro-batch of the last one
+    rows: int = 0  # how often the number of rows that are followed is doubled
+    residuals: tuple[Residual, ...] = (Residual(),)  # what was measured with each number of rows
     changed_at: int = 0  # micro-batch of the last change of fraction
     look_at: int = 0  # micro-batch from which on to look again, while nothing pays
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
@@ -72,15 +77,13 @@ class Controller:
 
     @property
     def residual_share(self) -> float:
-        """``sigma_e^2 / sigma^2``: half over all tensors together, half the mean over tensors; 1 before any measurement.
+        """``sigma_e^2 / sigma^2`` with the present number of rows."""
+        return self.residuals[self.rows].share
 
-        The first is the extra variance of the gradient as a vector. The second is what an optimizer sees that scales every tensor by itself.
-        """
-        whole = sum(self.total)
-        if not whole > 0.0:
-            return 1.0
-        each = [min(1.0, r / t) for r, t in zip(self.residual, self.total, strict=True) if t > 1e-9 * whole]
-        return 0.5 * (min(1.0, sum(self.residual) / whole) + sum(each) / len(each))
+    @property
+    def measurements(self) -> int:
+        """How often that was measured."""
+        return self.residuals[self.rows].count
 
     def seconds(self, plan: StepPlan) -> float | None:
         """Median time per unit of work of a kind of step; None if it was not timed."""
@@ -92,34 +95,45 @@ class Controller:
         """The cheaper of the two kinds of exact steps."""
         return StepPlan(first_row=self.first_row)
 
-    def cost(self, fraction: float) -> float:
+    def cost(self, fraction: float, rows: int | None = None) -> float:
         """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
 
         Without a time of its own, the share of a step that does not depend on the number of examples is estimated from the rehearsal, which
-        has it twice for the control examples and for the walk.
+        has it twice for the control examples and for the walk; what more rows cost, from measurements with both numbers of rows.
         """
-        exact = self.seconds(self.exact_plan)
-        own = self.seconds(self._with(fraction))
+        rows, exact = self.rows if rows is None else rows, self.seconds(self.exact_plan)
         if exact is None:
             return 1.0
-        if own is not None:
+        if (own := self.seconds(self._with(fraction, rows))) is not None:
             return own / exact
-        tried = [(f, t) for f in FRACTIONS if (t := self.seconds(self._with(f))) is not None]
+        tried = [
+            (other != rows, abs(math.log(f / fraction)), f, other, t)
+            for other in range(len(self.residuals))
+            for f in FRACTIONS
+            if (t := self.seconds(self._with(f, other))) is not None
+        ]
         if tried:  # linear in the fraction, exact steps being the other end
-            near, time = min(tried, key=lambda pair: abs(math.log(pair[0] / fraction)))
-            kappa = (time / exact - near) / (1.0 - near)
+            _, _, near, other, time = min(tried)
+            kappa = (time / exact - near) / (1.0 - near) + self._walk(rows) - self._walk(other)
             return fraction + (1.0 - fraction) * kappa
         trial = self.seconds(replace(_REHEARSAL, first_row=self.first_row))
         fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial / exact - 1.3) / 3.4))
-        return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * 0.40)
+        return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * 0.40) + self._walk(rows)
 
-    def price(self, fraction: float) -> float:
+    def _walk(self, rows: int) -> float:
+        """What more rows cost, in exact steps."""
+        times = [self.seconds(replace(self.exact_plan, measure=GROUPS, rows=each)) for each in (0, rows)]
+        exact = self.seconds(self.exact_plan)
+        return 0.0 if exact is None or times[0] is None or times[1] is None else max(0.0, times[1] - times[0]) / exact
+
+    def price(self, fraction: float, rows: int | None = None) -> float:
         """Price of a fraction relative to the cheaper exact step."""
-        return 1.0 if fraction >= 1.0 else price(fraction, self.residual_share, self.cost(fraction))
+        rows = self.rows if rows is None else rows
+        return 1.0 if fraction >= 1.0 else price(fraction, self.residuals[rows].share, self.cost(fraction, rows))
 
-    def variance(self, fraction: float) -> float:
+    def variance(self, fraction: float, rows: int | None = None) -> float:
         """Relative variance of the gradient at a fraction."""
-        return relative_variance(fraction, self.residual_share)
+        return relative_variance(fraction, self.residuals[self.rows if rows is None else rows].share)
 
     def plan(self, rules: Rules, step: int, examples: int, accumulation: int = 1) -> StepPlan:
         """The plan of the next micro-batch, without the seed of its draw."""
@@ -138,7 +152,7 @@ class Controller:
             return self.exact_plan
         # The first micro-batches with a new fraction are for timing it.
         due = self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
-        return StepPlan(fraction, groups * due, rules.first_row)
+        return StepPlan(fraction, groups * due, rules.first_row, rows=self.rows)
 
     def _exact_step(self, rules: Rules, left: int, groups: int) -> StepPlan:
         """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
@@ -156,13 +170,19 @@ class Controller:
                 return rehearsal if last_before_decision else exact
             due = self.seen < self.look_at + _LOOKS
         else:
-            due = self.measurements < _MEASUREMENTS and not self._hopeless and left <= _MEASUREMENTS + PERIOD
-        return replace(exact, measure=groups) if due else exact
+            due = self._unknown and not self._hopeless and left <= _MEASUREMENTS + PERIOD
+            due = due and (self.rows == 0 or self.seen % PERIOD < _MORE)
+        return replace(exact, measure=groups, rows=self.rows) if due else exact
+
+    @property
+    def _unknown(self) -> bool:
+        """Whether too little was measured with the present number of rows."""
+        return self.measurements < (_MORE if self.rows else _MEASUREMENTS)
 
     @property
     def _hopeless(self) -> bool:
         """Whether even perfect predictions would save too little."""
-        return min(map(self.cost, FRACTIONS)) > _MARGIN
+        return min(self.cost(fraction, 0) for fraction in FRACTIONS) > _MARGIN
 
     def advanced(self, examples: int) -> Controller:
         """One micro-batch later."""
@@ -177,20 +197,15 @@ class Controller:
         plain, first = later.seconds(StepPlan()), later.seconds(StepPlan(first_row=True))
         return replace(later, first_row=first is not None and plain is not None and first < plain)
 
-    def measured(self, residual: Sequence[float], total: Sequence[float], groups: int, at: int) -> Controller:
-        """With one more measurement, by tensor, of so many groups, made at micro-batch ``at``; that of too few groups tells nothing."""
-        if groups < GROUPS or not all(map(math.isfinite, (*residual, *total))):
+    def measured(
+        self, residual: Sequence[float], total: Sequence[float], groups: int, at: int, rows: int = 0
+    ) -> Controller:
+        """With one more measurement, by tensor, of so many groups and rows, made at micro-batch ``at``; that of too few groups tells nothing."""
+        if groups < GROUPS or rows >= len(self.residuals) or not all(map(math.isfinite, (*residual, *total))):
             return self
-        fade = math.exp((self.measured_at - at) / _MEMORY) if len(self.total) == len(total) else 0.0
-        before = list(zip(self.residual, self.total, strict=True)) if fade else [(0.0, 0.0)] * len(total)
-        sums = [(fade * r0 + r, fade * t0 + t) for (r0, t0), r, t in zip(before, residual, total, strict=True)]
-        return replace(
-            self,
-            residual=tuple(r for r, _ in sums),
-            total=tuple(t for _, t in sums),
-            measurements=self.measurements + 1,
-            measured_at=at,
-        )
+        known = list(self.residuals)
+        known[rows] = known[rows].measured(residual, total, at)
+        return replace(self, residuals=tuple(known))
 
     def decided(self, rules: Rules, step: int) -> Controller:
         """With a fraction chosen by what is known now."""
@@ -201,18 +216,27 @@ class Controller:
         if self.fraction >= 1.0:
             if self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is None or self.seen < self.look_at + _LOOKS:
                 return self
-            if self.measurements < _MEASUREMENTS and not self._hopeless:
-                return self
+            if not self._hopeless:
+                if self._unknown:
+                    return self
+                if self._more_rows_may_help(rules):
+                    return replace(self, rows=self.rows + 1, residuals=(*self.residuals, Residual()))
         elif any(len(self.times.get(key_of(plan), ())) < _TRIAL for plan in self._compared):
             return self
-        allowed = [f for f in FRACTIONS if self.variance(f) <= rules.budget and control_size(self.size, f) >= 2]
-        prices = {f: self.price(f) * (1.0 if self.seconds(self._with(f)) else 1.0 / _MARGIN) for f in allowed}
-        best = min(prices, key=prices.__getitem__, default=1.0)
+        every = range(len(self.residuals)) if self.fraction >= 1.0 else (self.rows,)
+        prices = {
+            (f, rows): self.price(f, rows) * (1.0 if self.seconds(self._with(f, rows)) else 1.0 / _MARGIN)
+            for rows in every
+            for f in FRACTIONS
+            if self.variance(f, rows) <= rules.budget and control_size(self.size, f) >= 2
+        }
+        allowed = {f for f, rows in prices if rows == self.rows}
+        best, rows = min(prices, key=prices.__getitem__, default=(1.0, self.rows))
         present = self.price(self.fraction) if self.fraction in (*allowed, 1.0) else math.inf
-        if prices.get(best, 1.0) >= 1.0:
+        if prices.get((best, rows), 1.0) >= 1.0:
             best = 1.0
-        elif best != self.fraction and prices[best] > _HYSTERESIS * present:
-            best = self.fraction
+        elif best != self.fraction and prices[best, rows] > _HYSTERESIS * present:
+            best, rows = self.fraction, self.rows
         if best >= 1.0 and self.fraction in allowed and not self.comparing:
             # The machine may have slowed down since exact steps were timed.
             anew = {key_of(plan) for plan in (self.exact_plan, self._with(self.fraction))}
@@ -222,7 +246,14 @@ class Controller:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
             return replace(self, comparing=False)
-        return replace(self, fraction=best, changed_at=self.seen, look_at=0, comparing=False)
+        return replace(self, fraction=best, rows=rows, changed_at=self.seen, look_at=0, comparing=False)
+
+    def _more_rows_may_help(self, rules: Rules) -> bool:
+        """Whether twice as many rows are worth a measurement: they are not known, and the latest doubling was of use."""
+        shares = [known.share for known in self.residuals]
+        if self.rows >= rules.doublings or self.rows + 1 < len(shares) or shares[-1] < _SMALL_SHARE:
+            return False
+        return len(shares) == 1 or shares[-1] < _HELPS * shares[-2]
 
     @property
     def _compared(self) -> tuple[StepPlan, ...]:
@@ -230,8 +261,8 @@ class Controller:
         own = self._with(self.fraction)
         return (own, self.exact_plan) if self.comparing else (own,)
 
-    def _with(self, fraction: float) -> StepPlan:
-        return StepPlan(fraction, first_row=self.predicted_first_row)
+    def _with(self, fraction: float, rows: int | None = None) -> StepPlan:
+        return StepPlan(fraction, first_row=self.predicted_first_row, rows=self.rows if rows is None else rows)
 
     def _waiting(self, given_up: bool) -> Controller:
         """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
@@ -271,12 +302,11 @@ class Controller:
             TypeError: If the state is another version's.
         """
         times = {key: tuple(values) for key, values in state["times"].items()}
-        sums = {name: tuple(state[name]) for name in ("residual", "total")}
-        return cls(**{**state, "times": times, **sums})
+        residuals = tuple(map(Residual.from_state_dict, state["residuals"]))
+        return cls(**{**state, "times": times, "residuals": residuals})
 
 
 def key_of(plan: StepPlan) -> str:
     """A kind of step, as a name."""
-    return (
-        f"{plan.fraction:g}{' first row' if plan.first_row else ''}{f' {plan.measure} groups' if plan.measure else ''}"
-    )
+    more = (" first row" * plan.first_row, f" {plan.measure} groups" * (plan.measure > 0))
+    return "".join((f"{plan.fraction:g}", *more, f" {plan.rows} doublings" * (plan.rows > 0)))

@@ -21,6 +21,7 @@ class StepPlan:
     measure: int = 0  # groups of control examples whose exact and predicted gradients are compared; 0 for none
     first_row: bool = False  # whether the last block is run on the first row only, in stacks of which only that is read
     seed: int = 0  # of the draws of control examples; each call of a stack draws anew
+    rows: int = 0  # how often the number of rows that are followed is doubled
     all_control: bool = False  # for checks: whether every example is a control example, and yet the splice in place
 
     @property

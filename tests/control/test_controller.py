@@ -35,6 +35,7 @@ def simulate(
     share: Callable[[int], float],
     rules: Rules = RULES,
     noise: float = 0.1,
+    smaller: float = 1.0,
 ) -> tuple[Controller, list[StepPlan], float]:
     """A run: the controller at its end, the plans it made, and its time in plain steps."""
     draw, controller = random.Random(0), Controller()
@@ -46,8 +47,10 @@ def simulate(
             for plan, at, unit in pending:
                 controller = controller.timed(plan, unit, at).accounted(plan, unit, 1.0)
                 if plan.measure:
-                    residual = share(at) * math.exp(draw.gauss(0, 0.3))
-                    controller = controller.measured([residual, 0.5 * residual], [1.0, 0.5], plan.measure, at)
+                    residual = share(at) * smaller**plan.rows * math.exp(draw.gauss(0, 0.3))
+                    controller = controller.measured(
+                        [residual, 0.5 * residual], [1.0, 0.5], plan.measure, at, plan.rows
+                    )
             pending, controller = [], controller.decided(rules, step)
         plan = controller.plan(rules, step, M)
         unit = time_of(plan) * math.exp(draw.gauss(0, noise))
@@ -80,6 +83,34 @@ def test_a_machine_that_slows_down_is_no_reason_to_give_up() -> None:
 def test_a_better_prediction_allows_a_smaller_fraction() -> None:
     assert simulate(1000, compute_bound, lambda at: 0.005)[0].fraction == 0.0625
     assert simulate(1000, compute_bound, lambda at: 0.02, replace(RULES, budget=math.inf))[0].fraction == 0.125
+
+
+def with_more_rows(dearer: float) -> Callable[[StepPlan], float]:
+    """Every doubling of the rows that are followed makes a step with a walk dearer."""
+    walks = lambda plan: plan.fraction < 1.0 or plan.measure > 0  # noqa: E731
+    return lambda plan: compute_bound(plan) + dearer * (2**plan.rows - 1) * walks(plan)
+
+
+@pytest.mark.parametrize(
+    ("share", "smaller", "dearer", "rows", "fraction"),
+    [
+        (0.01, 0.3, 0.04, 0, 0.125),  # good enough
+        (0.15, 0.4, 0.04, 2, 0.25),  # 0.06 with twice as many, 0.024 with four times
+        (0.15, 0.9, 0.04, 0, 1.0),  # the first doubling is of no use
+        (0.05, 0.4, 0.50, 0, 0.5),  # of use, but too dear
+    ],
+)
+def test_more_rows_are_followed_where_their_price_is_less(
+    share: float, smaller: float, dearer: float, rows: int, fraction: float
+) -> None:
+    rules = replace(RULES, doublings=2)
+    controller, plans, _ = simulate(1500, with_more_rows(dearer), lambda at: share, rules, 0.02, smaller)
+    assert controller.fraction == fraction and (controller.rows == rows or fraction == 1.0)
+    assert sum(plan.rows > 1 and plan.measure > 0 and plan.fraction == 1.0 for plan in plans) <= 8
+
+
+def test_as_many_rows_are_followed_as_was_said() -> None:
+    assert not any(plan.rows for plan in simulate(800, with_more_rows(0.04), lambda at: 0.2, RULES, 0.1, 0.3)[1])
 
 
 def test_the_last_block_on_one_row_is_used_where_it_is_faster() -> None:
