@@ -2,9 +2,9 @@
 
 Each is trained plainly for some steps on a task of ``small_models.py``. Then, on held-out examples:
 
-``explained``: of the blocks' tensors, ``1 - tr Var(g - g~) / tr Var(g)`` at ``alpha = 1`` over single examples: mean over tensors, and weighted by ``tr Var(g)``;
-``step times``: of a step by control fraction over that of a plain one, both timed in turns;
-``price``: the least of variance times step time;
+``explained``: of the blocks' tensors, ``1 - tr Var(g - g~) / tr Var(g)`` at ``alpha = 1`` over single examples: mean over tensors, and weighted by ``tr Var(g)``; by number of rows followed;
+``step times``: of a step by control fraction and rows over that of a plain one, all timed in turns;
+``price``: the least of variance times step time, and where it is reached;
 ``bias``: the largest difference of the mean over all control draws from the exact gradient, float64, relative to the largest gradient.
 
 Every finished architecture is saved at once, and a second call continues where the first stopped.
@@ -18,7 +18,8 @@ import itertools
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,10 +38,23 @@ from hf_lgp.estimator import relative_variance
 from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows.parts import UnknownBlock
 from hf_lgp.rows.walk import RowBudget
-from hf_lgp.verify import few_of, refusing
+from hf_lgp.verify import few_of
 
-FRACTIONS = (0.25, 0.125, 0.0625)
+FRACTIONS, DOUBLINGS = (0.5, 0.25, 0.125), (0, 1, 2)
 Examples = dict[str, Tensor]
+Order = tuple[Tensor, Tensor]
+
+
+def built(reads: str, kind: type, name: str) -> nn.Module:
+    """A small model that runs; some types want heads of another width than most."""
+    try:
+        model = build(reads, kind, name)
+        model(**examples_of(reads, model.config, 2, 0)).loss.backward()
+    except Exception:
+        model = build(reads, kind, name, own_heads=True)
+        model(**examples_of(reads, model.config, 2, 0)).loss.backward()
+    model.zero_grad()
+    return model
 
 
 def trained(model: nn.Module, batches: Iterator[Examples], steps: int, rate: float) -> list[float]:
@@ -64,27 +78,24 @@ def method_of(model: nn.Module, examples: Examples, budget: RowBudget, count: in
     return row_walk(model, lambda n: model(**few_of(examples, n)).loss, count, budget, intercepted_attention, False)
 
 
-def explained(model: nn.Module, method: RowWalk, examples: Examples) -> dict[str, float]:
+def explained(model: nn.Module, method: RowWalk, examples: Examples, rows: int = 0) -> dict[str, float]:
     """Shares of variance explained, over single examples."""
     spreads: list[GroupSpread] = []
     count = len(examples["labels"])
-    with method.splice(StepPlan(measure=count, first_row=True), spreads.append):
+    with method.splice(StepPlan(measure=count, first_row=True, rows=rows), spreads.append):
         model(**examples).loss.backward()
     model.zero_grad()
     residual, total = (torch.cat([getattr(s, name) for s in spreads]).double() for name in ("residual", "total"))
     counted = total > 1e-9 * total.sum()  # key biases have no gradient but rounding
     shares = 1.0 - residual[counted] / total[counted]
-    return {
-        "mean": float(shares.mean()),
-        "weighted": float(1.0 - residual.sum() / total.sum()),
-        "worst": float(shares.min()),
-    }
+    weighted = float(1.0 - residual.sum() / total.sum())
+    return {"mean": float(shares.mean()), "weighted": weighted, "worst": float(shares.min())}
 
 
 def step_times(model: nn.Module, method: RowWalk, examples: Examples, rounds: int) -> dict[str, float]:
-    """Medians of ratios to a plain step's time, taken in turns."""
-    plans = {"plain": StepPlan(), "1": StepPlan(first_row=True)}
-    plans |= {f"{f:g}": StepPlan(f, first_row=True) for f in FRACTIONS}
+    """Medians of ratios to a plain step's time, taken in turns, by doublings of rows and fraction."""
+    plans = {"plain": StepPlan(), "0, 1": StepPlan(first_row=True)}
+    plans |= {f"{k}, {f:g}": StepPlan(f, first_row=True, rows=k) for k in DOUBLINGS for f in FRACTIONS}
 
     def step(plan: StepPlan) -> None:
         with method.splice(plan, lambda _: None):
@@ -99,29 +110,53 @@ def step_times(model: nn.Module, method: RowWalk, examples: Examples, rounds: in
     return {name: statistics.median(of) for name, of in ratios.items() if name != "plain"}
 
 
-def bias(model: nn.Module, examples: Examples, budget: RowBudget) -> float:
-    """How far the mean over all draws of two control examples of four is from the exact gradient."""
-    model = copy.deepcopy(model).double().eval()
-    four = {n: v.double() if v.is_floating_point() else v for n, v in few_of(examples, 4).items()}
-    method = method_of(model, four, budget)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def bias(model: nn.Module, examples: Examples, budget: RowBudget) -> float | None:
+    """How far the mean over all draws of control examples, half of them, is from the exact gradient; None where an example is several of a stack's.
 
-    def gradients() -> list[Tensor]:
-        found = torch.autograd.grad(model(**four).loss, parameters, allow_unused=True)
+    Where stacks are called one after the other, every combination of their draws counts, of two examples. What has no float64 operations is taken in float32.
+    """
+    try:
+        return _bias(model, examples, budget, torch.float64)
+    except UnknownBlock:
+        return _bias(model, examples, budget, torch.float32)
+
+
+def _bias(model: nn.Module, examples: Examples, budget: RowBudget, dtype: torch.dtype) -> float | None:
+    model = copy.deepcopy(model).to(dtype).eval()
+    examples = {n: v.to(dtype) if v.is_floating_point() else v for n, v in examples.items()}
+    method = method_of(model, examples, budget)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    sizes: list[int] = []
+
+    def gradients(count: int, plan: StepPlan, draws: Iterator[Order]) -> list[Tensor]:
+        def drawn(size: int, *_: Any) -> Order:
+            sizes.append(size)
+            return next(draws)
+
+        with patch.object(hf_lgp.call, "draw_order", drawn), method.splice(plan, lambda _: None):
+            loss = model(**few_of(examples, count)).loss
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
-    exact, total = gradients(), [torch.zeros_like(p) for p in parameters]
-    draws = list(itertools.combinations(range(4), 2))
-    for draw in draws:
-        order = torch.tensor([*draw, *(i for i in range(4) if i not in draw)])
-        drawn: Callable[..., Any] = lambda *_, order=order: (order, order.argsort())  # noqa: E731
-        with (
-            patch.object(hf_lgp.call, "draw_order", drawn),
-            method.splice(StepPlan(0.5, first_row=True), lambda _: None),
-        ):
-            total = [s + g for s, g in zip(total, gradients(), strict=True)]
+    split = StepPlan(0.5, first_row=True)
+    with suppress(RuntimeError):  # where an order is too short
+        gradients(2, split, itertools.repeat(orders(2)[0]))
+    if set(sizes) != {2}:
+        return None
+    count = 4 if len(sizes) == 1 else 2
+    combinations = list(itertools.product(orders(count), repeat=len(sizes)))
+    exact, total = gradients(count, StepPlan(), iter(())), [torch.zeros_like(p) for p in parameters]
+    for draws in combinations:
+        total = [s + g for s, g in zip(total, gradients(count, split, iter(draws)), strict=True)]
     largest = max(float(g.norm()) for g in exact)
-    return max(float((s / len(draws) - g).norm()) for s, g in zip(total, exact, strict=True)) / largest
+    return max(float((s / len(combinations) - g).norm()) for s, g in zip(total, exact, strict=True)) / largest
+
+
+def orders(count: int) -> list[Order]:
+    """For every half of some examples the order in which it comes first, and its inverse."""
+    sets = itertools.combinations(range(count), count // 2)
+    found = [torch.tensor([*some, *(i for i in range(count) if i not in some)]) for some in sets]
+    return [(order, order.argsort()) for order in found]
 
 
 def measured(model: nn.Module, config: Any, reads: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -135,18 +170,20 @@ def measured(model: nn.Module, config: Any, reads: str, options: argparse.Namesp
         losses = trained(model, batches, options.steps, options.learning_rate)
         found["loss"] = [statistics.mean(losses[:5]), statistics.mean(losses[-5:])]
         method = method_of(model, held_out, budget)
-        with refusing():
-            found["bias"] = bias(model, held_out, budget)
+        found["bias"] = bias(model, held_out, budget)
     except UnknownBlock as reason:
         return {**found, "exact_because": str(reason)}
     model.train()
     found["first_row"] = method.has_first_row
     found["blocks"] = [len(stack.parts) for stack in method.stacks]
-    found["explained"] = shares = explained(model, method, held_out)
-    found["step_times"] = times = step_times(model, method, batch, options.rounds)
-    prices = {f: relative_variance(float(f), 1.0 - shares["weighted"]) * t for f, t in times.items()}
-    found["fraction"] = min(prices, key=lambda f: prices[f])
-    return {**found, "price": prices[found["fraction"]]}
+    shares = {str(k): explained(model, method, held_out, k) for k in DOUBLINGS}
+    times = step_times(model, method, batch, options.rounds)
+    prices = {}
+    for at, time in times.items():
+        rows, fraction = at.split(", ")
+        prices[at] = relative_variance(float(fraction), 1.0 - shares[rows]["weighted"]) * time
+    best = min(prices, key=lambda at: prices[at])
+    return {**found, "explained": shares, "step_times": times, "price": prices[best], "at": best}
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -177,7 +214,7 @@ def main() -> None:
         if (options.only and not {reads, name} & set(options.only)) or (key in rows and not options.again):
             continue
         try:
-            model = build(reads, kind, name)
+            model = built(reads, kind, name)
         except Exception as error:  # a small configuration that this type does not have
             print(f"{key}: not built: {type(error).__name__}: {str(error)[:200]}", flush=True)
             continue

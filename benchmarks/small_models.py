@@ -28,6 +28,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "entity_emb_size"), 64),
     **dict.fromkeys(("entity_vocab_size", "hash_bucket_count"), 64),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     "d_kv": 32,
     "head_dim": 32,
     "num_key_value_heads": 2,
@@ -65,7 +66,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "whisper": dict(num_mel_bins=32, max_source_positions=64),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "gpt_neox": dict(rotary_pct=0.25),
-    "siglip2": dict(),
+    "swin": dict(window_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], patch_size=2),
+    "swinv2": dict(window_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], patch_size=2),
     "layoutlmv3": dict(visual_embed=False),
     "reformer": dict(axial_pos_embds=False, attn_layers=["local"] * 4),
     "xmod": dict(default_language="en_XX", languages=["en_XX"]),
@@ -84,14 +86,16 @@ def architectures() -> Iterator[tuple[str, str, type]]:
         yield reads, name, t.PreTrainedConfig
 
 
-def small_config(kind: type, name: str = "") -> Any:
-    """A configuration with four narrow layers and no dropout, of whatever class."""
+def small_config(kind: type, name: str = "", own_heads: bool = False) -> Any:
+    """A configuration with four narrow layers and no dropout, of whatever class; with the widths of heads it has anyway, if it is told so."""
     default = kind()
     known = {
         n: v
         for n, v in _SIZES.items()
         if type(getattr(default, n, None)) in (type(v), type(None)) and hasattr(default, n)
     }
+    for n in ("head_dim", "num_key_value_heads") if own_heads else ():
+        known.pop(n, None)
     for n, v in default.to_dict().items():
         if isinstance(v, float) and any(sign in n for sign in ("drop", "mask_time_prob", "mask_feature_prob")):
             known[n] = 0.0
@@ -101,14 +105,14 @@ def small_config(kind: type, name: str = "") -> Any:
     return kind(**{**known, **_SPECIAL.get(name, {}), "num_labels": CLASSES})
 
 
-def build(reads: str, kind: type, name: str) -> nn.Module:
+def build(reads: str, kind: type, name: str, own_heads: bool = False) -> nn.Module:
     """A small model of a type, with random weights."""
     torch.manual_seed(0)
     if name in EXTRA:
         return EXTRA[name][1]()
     classes = getattr(auto, f"MODEL_FOR_{reads.upper()}_CLASSIFICATION_MAPPING_NAMES")[name]
     model_class = getattr(t, classes[0] if isinstance(classes, (list, tuple)) else classes)
-    model: nn.Module = model_class(small_config(kind, name))
+    model: nn.Module = model_class(small_config(kind, name, own_heads))
     return model
 
 

@@ -293,31 +293,32 @@ def architectures() -> str | None:
         for name, row in sorted(result["rows"].items()):
             kind, model = name.split(": ")
             if "exact_because" in row:
-                rows.append([kind, f"`{model}`", "exact", "", "", "", f"{row['exact_because'][:160]}"])
+                rows.append([kind, f"`{model}`", "", "", "", "", f"exact: {row['exact_because'][:160]}"])
                 continue
-            share, price = row["explained"], row["price"]
+            few, many = (
+                f"{row['explained'][k]['mean']:.2f} / {row['explained'][k]['weighted']:.2f}" for k in ("0", "2")
+            )
+            doublings, fraction = row["at"].split(", ")
+            followed = "" if fraction == "1" else f", {1 + (4 << int(doublings))} rows"
+            own = "last block on one row, " if row["first_row"] and fraction == "1" else ""
             pays = (
                 "predicted"
-                if price < PAYS and row["fraction"] != "1"
-                else "exact, last block on one row"
-                if price < PAYS
-                else "exact"
+                if fraction != "1" and row["price"] < PAYS
+                else f"exact, {own}predictions do not pay at this size"
             )
-            told = "" if pays == "predicted" else "predictions do not pay at this size"
-            at = f"{price:.2f} at {float(row['fraction']):g}"
             rows.append(
                 [
                     kind,
                     f"`{model}`",
-                    pays,
-                    f"{share['mean']:.2f} / {share['weighted']:.2f}",
-                    at,
+                    few,
+                    many,
+                    f"{row['price']:.2f} at {fraction}{followed}",
                     f"{row['bias']:.0e}",
-                    told,
+                    pays,
                 ]
             )
-    header = ["reads", "model type", "steps of least price", "variance explained: mean over tensors / weighted"]
-    return table([*header, "price, and at which fraction", "bias, all draws", "why exact"], rows)
+    header = ["reads", "model type", "explained by 5 rows: mean over tensors / weighted", "by 17 rows"]
+    return table([*header, "least price, and its fraction and rows", "bias over all draws", "an automatic run"], rows)
 
 
 def finetune_text() -> str | None:

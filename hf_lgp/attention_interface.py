@@ -30,14 +30,14 @@ def intercepted_attention(function: AttentionFunction) -> Iterator[None]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Any = None,
+        attention_mask: Any = None,
         **options: Any,
     ) -> Any:
         def plain() -> Any:
             with patch.object(F, "scaled_dot_product_attention", product):  # or it would be heard twice
-                return original(module, query, key, value, mask, **options)
+                return original(module, query, key, value, attention_mask, **options)
 
-        causal = options.get("is_causal")
+        mask, causal = attention_mask, options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if implementation == "eager":  # for which causality is in the mask
             causal = False

@@ -15,7 +15,7 @@ from .control.plan import StepPlan
 from .linear.predictor import LinearPredictor
 from .linear.trunk import find_trunk, spliced_trunk
 from .rows.leaves import Run, run_eagerly
-from .rows.parts import Intercept
+from .rows.parts import Intercept, UnknownBlock
 from .rows.walk import HowToWalk, RowBudget
 from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
@@ -68,7 +68,16 @@ def row_walk(
     """
     with refusing(), evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
-    stacks, how = verified(model, stacks, lambda: loss(count), HowToWalk(budget, intercept), half)
+    how = HowToWalk(budget, intercept)
+    try:
+        stacks, how = verified(model, stacks, lambda: loss(count), how, half)
+    except UnknownBlock as reason:
+        # Perhaps it needs as many rows as there are, such as one that makes a bias for each pair.
+        stacks = tuple(stack.on_all() for stack in stacks)
+        try:
+            stacks, how = verified(model, stacks, lambda: loss(count), how, half)
+        except UnknownBlock:
+            raise reason from None
     return RowWalk(stacks, replace(how, run=run))
 
 

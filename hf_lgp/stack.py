@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -54,6 +54,10 @@ class Stack:
         """Whether anything in it is trained."""
         return any(p.requires_grad for part in self.parts for p in part.block.parameters())
 
+    def on_all(self) -> Stack:
+        """The same with attention modules that are given all rows in the walk."""
+        return replace(self, parts=tuple(replace(part, on_few=False) for part in self.parts))
+
     def predicted_parts(self, first_row: bool) -> tuple[BlockParts, ...]:
         """The blocks whose gradients are predicted: all, or all but the last where that is run on the first row."""
         return self.parts[:-1] if first_row and self.first_row_only else self.parts
@@ -71,6 +75,10 @@ def find_stacks(
         NothingTrained: If no block has a parameter that is trained.
     """
     found = heard(model, run, intercept)
+    if not found.spots:
+        raise UnknownBlock(
+            "it calls attention neither by transformers' interface nor by `F.scaled_dot_product_attention`"
+        )
     parts: list[tuple[BlockParts, ...]] = []
     within: set[nn.Module] = set()  # what stands in a list that was taken already
     reasons: list[UnknownBlock] = []

@@ -110,7 +110,7 @@ def refusing() -> Iterator[None]:
     except Exception as error:
         if any(sign in str(error) for sign in _MEMORY):
             raise
-        raise UnknownBlock(f"{type(error).__name__}: {error}") from error
+        raise UnknownBlock(f"running it in parts raises {type(error).__name__}: {error}") from error
 
 
 def _buffers(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

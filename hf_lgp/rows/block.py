@@ -81,7 +81,7 @@ def run_rows(
     length, few, exact = x.shape[1], rows.shape[1], weights is None
     key, value = (None if p is None or (exact and p.random) else p for p in (parts.key, parts.value))
     folds = key is not None and value is not None
-    on_few = folds and all(p is not None and p.module is not parts.attention for p in (key, value))
+    on_few = folds and parts.on_few
     on_all = False  # whether modules of the block meet all rows
 
     def of_few(t: Any) -> Any:

@@ -6,7 +6,7 @@ A mean is shorter than the rows it stands for, so its own norm would stretch it 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,14 @@ class Norm:
     centred: bool
 
 
+def is_layer_norm(module: nn.Module | None) -> TypeGuard[nn.LayerNorm]:
+    """Whether a module is PyTorch's layer norm; a subclass may do something else."""
+    return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+
+
 def norm_of(module: nn.Module, rows: Any) -> Norm | None:
     """A module as a norm, if that is what it does to such rows ``(m, T, D)``: the same to rows and to their multiples."""
-    if isinstance(module, nn.LayerNorm):
+    if is_layer_norm(module):
         return Norm(module, True)
     if not isinstance(rows, Tensor) or rows.dim() != 3 or next(module.children(), None) is not None:
         return None
@@ -42,7 +47,7 @@ def norm_of(module: nn.Module, rows: Any) -> Norm | None:
 def noted_norm(norm: Norm, rows: Tensor) -> tuple[Tensor, Tensor]:
     """A norm's output of rows ``(m, T, D)``, and the scale ``1 / sigma`` of each, ``(m, T, 1)``, without a graph."""
     module = norm.module
-    if not isinstance(module, nn.LayerNorm):
+    if not is_layer_norm(module):
         return type(module).forward(module, rows), _scale(norm, rows.detach())
     if rows.dtype.itemsize < 4 and torch.is_autocast_enabled(rows.device.type):  # whose dtype for the output is its own
         scale = torch.native_layer_norm(rows.detach().float(), module.normalized_shape, None, None, module.eps)[2]
@@ -54,7 +59,7 @@ def noted_norm(norm: Norm, rows: Tensor) -> tuple[Tensor, Tensor]:
 def norm_of_means(norm: Norm, rows: Tensor, scale: Tensor) -> Tensor:
     """The norm of mean rows ``(m, S, D)`` at ``scale (m, S, 1)``, the weighted mean of ``1 / sigma`` of the rows they stand for."""
     module = norm.module
-    if not isinstance(module, nn.LayerNorm):
+    if not is_layer_norm(module):
         out, bias = type(module).forward(module, rows), getattr(module, "bias", None)
         ratio = (scale / _scale(norm, rows.detach())).to(out.dtype)
         return out * ratio if bias is None else (out - bias) * ratio + bias

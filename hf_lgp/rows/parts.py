@@ -33,6 +33,7 @@ class BlockParts:
     behind: nn.Module | None  # the first module within it that is given what attention made
     key: Projection | None  # the affine map from ``x`` to keys; None if they are made in another way
     value: Projection | None  # the same for values
+    on_few: bool  # whether the attention module is given the followed rows alone, not all
     norms: tuple[Norm, ...]  # norms of the block, without ``front``
     dropouts: tuple[nn.Dropout, ...]  # its dropouts
 
@@ -135,7 +136,9 @@ def parts_of(block: nn.Module, found: Heard) -> BlockParts:
     key, value = (projection_of(t, x, attention, found.entered, found.made) for t in (spot.key, spot.value))
     norms = (norm_of(m, found.entered.get(m)) for m in block.modules() if m is not front)
     dropouts = tuple(m for m in block.modules() if isinstance(m, nn.Dropout))
-    return BlockParts(block, attention, front, behind, key, value, tuple(n for n in norms if n is not None), dropouts)
+    on_few = all(p is not None and p.module is not attention for p in (key, value))
+    known = tuple(norm for norm in norms if norm is not None)
+    return BlockParts(block, attention, front, behind, key, value, on_few, known, dropouts)
 
 
 def _attention_of(block: nn.Module, hidden: Tensor, spot: Spot, found: Heard) -> tuple[nn.Module, nn.Module | None]:

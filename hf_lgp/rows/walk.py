@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .block import run_rows
 from .groups import each_row, follow_singly, group_rows, mean_rows, row_weights
 from .leaves import Leaves, Run, by_group, expanded, run_eagerly
-from .norms import Norm, norm_of_means, noted_norm
+from .norms import Norm, is_layer_norm, norm_of_means, noted_norm
 from .notes import BlockNotes
 from .parts import BlockParts, Intercept
 
@@ -148,7 +148,7 @@ def _rows_of_block(
 ) -> Tensor:
     """A block's output for the followed rows, with a graph from them, from all rows as attention reads them and from its parameters."""
     x, normal = hidden, None
-    if isinstance(parts.front, nn.LayerNorm):
+    if is_layer_norm(parts.front):
         front = Norm(parts.front, True)
         x, scale = noted_norm(front, hidden)
         normal = norm_of_means(front, rows, mean_rows(weights, scale))

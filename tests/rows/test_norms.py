@@ -25,7 +25,15 @@ class OwnLayerNorm(nn.Module):
         return centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight + self.bias
 
 
+class PlusOne(nn.LayerNorm):
+    """A layer norm whose weight is stored without the one that it is near to."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.layer_norm(rows, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+
+
 NORMS = {
+    "layer norm, plus one": lambda: PlusOne(6),
     "layer norm": lambda: nn.LayerNorm(6),
     "without weights": lambda: nn.LayerNorm(6, elementwise_affine=False),
     "own layer norm": OwnLayerNorm,
@@ -61,6 +69,7 @@ def test_the_mean_of_rows_gets_the_mean_of_their_scales(name: str) -> None:
     mean, of_means = rows.mean(1, keepdim=True), scale.mean(1, keepdim=True)
     centred = mean - mean.mean(-1, keepdim=True) if norm.centred else mean
     weight, bias = (getattr(norm.module, n, None) for n in ("weight", "bias"))
+    weight = weight + 1.0 if "plus one" in name else weight
     expected = centred * of_means * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
     torch.testing.assert_close(norm_of_means(norm, mean, of_means), expected, rtol=1e-5, atol=1e-6)
 

@@ -53,7 +53,7 @@ def coupled(base: type[Trainer], args: Any, **options: Any) -> Trainer:
     ("build", "reason"),
     [
         (hidden_states_read, "is read elsewhere"),
-        (convolutions, "no list of blocks each of which calls attention once"),
+        (convolutions, "calls attention neither by"),
         (coupled, "is read elsewhere"),
     ],
 )
