@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -46,6 +47,10 @@ def intercepted_attention(function: AttentionFunction) -> Iterator[None]:
         else:
             causal = causal and mask is None
         masks = tuple(m for m in (mask, options.get("position_bias")) if m is not None)
+        window = options.get("sliding_window")
+        if isinstance(window, int) and implementation not in ("eager", "sdpa"):  # for which it is in the mask
+            at = torch.arange(key.shape[2], device=key.device)
+            masks = (*masks, ((at[:, None] - at).abs() < window)[None, None])
         return function(plain, query, key, value, masks, causal, options.get("scaling"), options.get("dropout", 0.0))
 
     def direct(

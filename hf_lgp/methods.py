@@ -72,6 +72,8 @@ def row_walk(
     try:
         stacks, how = verified(model, stacks, lambda: loss(count), how, half)
     except UnknownBlock as reason:
+        if not any(part.on_few for stack in stacks for part in stack.parts):
+            raise
         # Perhaps it needs as many rows as there are, such as one that makes a bias for each pair.
         stacks = tuple(stack.on_all() for stack in stacks)
         try:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .compatibility import refuse_incompatible
-from .control.controller import PERIOD, Controller, key_of
+from .control.controller import PERIOD, key_of
 from .control.plan import GROUPS, StepPlan
+from .control.residual import Residual
 from .estimator import FRACTIONS, best_fraction, control_size, relative_variance
 from .session import Session
 from .trainer import LGPTrainer
@@ -42,6 +43,7 @@ class ProbeReport:
         budget: Largest relative variance allowed.
         refused: Why gradients of this model cannot be predicted; None if they can.
         loader_seconds: Seconds that a micro-batch is waited for.
+        rows: How often the number of rows that predictions follow is doubled.
     """
 
     fraction: float = 1.0
@@ -52,6 +54,7 @@ class ProbeReport:
     budget: float = math.inf
     refused: str | None = None
     loader_seconds: float = 0.0
+    rows: int = 0
 
     @property
     def prices(self) -> dict[float, float]:
@@ -104,7 +107,7 @@ class ProbeReport:
         said = {
             "a step of Trainer": f"{self.exact_seconds:.4f} s, the 1 of step time and price",
             "waiting for data": f"{self.loader_seconds:.4f} s per step",
-            "variance explained": f"{1.0 - self.residual_share:.1%}",
+            "variance explained": f"{1.0 - self.residual_share:.1%}{f', with {2**self.rows} times the rows' * (self.rows > 0)}",
             "last block runs on": "one row" if self.first_row else "all rows",
         }
         notes = [f"{name:>18}  {value}" for name, value in said.items()]
@@ -130,7 +133,9 @@ class _Probing(LGPTrainer):
         assert session is not None
         session.__dict__.setdefault("plan", partial(_plan, session, session.plan))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.control.should_training_stop |= session.method is None or session.controller.measurements > 0
+        known = session.controller.residuals
+        measured = len(known) > session.rules.doublings and all(each.count for each in known)
+        self.control.should_training_stop |= session.method is None or measured
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -144,14 +149,16 @@ class _Probing(LGPTrainer):
             return ProbeReport(refused=session.refused)
         controller, budget = session.controller, session.rules.budget
         plain, exact = controller.seconds(StepPlan()), controller.seconds(controller.exact_plan)
-        if plain is None or exact is None or controller.measurements == 0:
+        if plain is None or exact is None or not all(known.count for known in controller.residuals):
             raise ValueError("The probe could not predict anything: use a larger `per_device_train_batch_size`.")
         possible = [f for f in FRACTIONS if control_size(controller.size, f) >= 2]
-        times = {1.0: exact / plain, **{f: controller.cost(f) * exact / plain for f in possible}}
         wait = statistics.median(self.waits[2:] or (0.0,))  # the first batches start the workers
-        share, unit = controller.residual_share, plain * self.unit
-        found = ProbeReport(1.0, share, times, unit, controller.first_row, budget, loader_seconds=wait)
-        return replace(found, fraction=found.best(budget))
+        found: list[ProbeReport] = []
+        for rows, known in enumerate(controller.residuals):
+            times = {1.0: exact / plain, **{f: controller.cost(f, rows) * exact / plain for f in possible}}
+            report = ProbeReport(1.0, known.share, times, plain * self.unit, controller.first_row, budget, rows=rows)
+            found.append(replace(report, fraction=report.best(budget), loader_seconds=wait))
+        return min(found, key=lambda report: report.prices[report.fraction])  # of equals, that of fewest rows
 
 
 def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples: int, *more: Any) -> StepPlan:
@@ -161,13 +168,13 @@ def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples:
         return plan
     if controller.seen < 2 * PERIOD or not method.ready:
         return StepPlan(first_row=method.has_first_row and controller.seen % 2 == 1)
-    if len(controller.times.get(key_of(_trial(controller)), ())) < _TIMES:
-        return replace(_trial(controller), seed=controller.seen)
-    return StepPlan(measure=GROUPS, first_row=controller.first_row)
-
-
-def _trial(controller: Controller) -> StepPlan:
-    return StepPlan(0.25 if control_size(controller.size, 0.25) >= 2 else 0.5, first_row=controller.first_row)
+    trial = StepPlan(0.25 if control_size(controller.size, 0.25) >= 2 else 0.5, first_row=session.rules.first_row)
+    if len(controller.times.get(key_of(trial), ())) < _TIMES:
+        return replace(trial, seed=controller.seen)
+    if len(controller.residuals) <= session.rules.doublings:
+        session.controller = replace(controller, residuals=(Residual(),) * (1 + session.rules.doublings))
+    rows = next((k for k, known in enumerate(session.controller.residuals) if not known.count), 0)
+    return StepPlan(measure=GROUPS, first_row=controller.first_row, rows=rows)
 
 
 def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:

@@ -69,7 +69,8 @@ class Session:
         s = self.settings
         first_row = self.method is not None and self.method.has_first_row
         budget = s.variance_budget or float("inf")
-        return Rules(s.control_fraction, budget, self.exact_steps, first_row, s.doublings)
+        doublings = 0 if self.method is None or self.method.learns else s.doublings
+        return Rules(s.control_fraction, budget, self.exact_steps, first_row, doublings)
 
     def unchecked(self, trained: int) -> bool:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""

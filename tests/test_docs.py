@@ -76,7 +76,7 @@ def test_every_argument_is_documented() -> None:
     text, default = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8"), LGPSettings()
     for setting in fields(LGPSettings):
         assert f"`lgp_{setting.name}`" in text, setting.name
-        if setting.name != "exact_steps":
+        if getattr(default, setting.name) is not None:
             value = getattr(default, setting.name)
             shown = f"`{value}`" if isinstance(value, str) else f"{value:g}"
             assert f"| `lgp_{setting.name}` | {shown} |" in text, "the default in the table is another one"

@@ -14,6 +14,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 GROUND = {
     "estimator.py", "splice.py", "sealed.py", "settings.py", "state_files.py", "_version.py",
     "rows/attention.py", "rows/groups.py", "control/plan.py", "control/measurement.py", "control/controller.py",
+    "control/residual.py",
     "control/clock.py", "control/exchange.py", "linear/kernel_ridge.py",
 }  # fmt: skip
 TOP = {

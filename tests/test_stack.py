@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -183,13 +184,22 @@ def test_a_skipped_block_is_an_error() -> None:
     [
         (lambda m: m.vit.layers.requires_grad_(False), "nothing in its blocks is trained"),
         (lambda m: setattr(m.vit.layers[0], "layernorm_after", nn.BatchNorm1d(5).double()), "BatchNorm"),
-        (lambda m: setattr(m.vit, "layers", nn.ModuleList()), "no list of blocks"),
+        (lambda m: setattr(m.vit, "layers", nn.ModuleList()), "calls attention neither by"),
     ],
 )
 def test_what_cannot_be_predicted_says_why(break_: Any, reason: str) -> None:
     model = model_of("vit").eval()
     break_(model)
     with pytest.raises(UnknownBlock, match=reason):
+        stacks_of("vit", model)
+
+
+def test_blocks_that_call_attention_twice_are_none() -> None:
+    model = model_of("vit").eval()
+    for block in model.vit.layers:
+        block.second = copy.deepcopy(block.attention)
+        block.register_forward_hook(lambda block, _, out: block.second(out)[0])
+    with pytest.raises(UnknownBlock, match="no list of blocks each of which calls attention once"):
         stacks_of("vit", model)
 
 

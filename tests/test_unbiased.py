@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, EXAMPLES, READS_FIRST_ROW, inputs_of, logits_of, model_of
+from draws import CONTROLS, every_draw
 from torch import Tensor, nn
 
-import hf_lgp.call
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.methods import row_walk
 from hf_lgp.rows.walk import RowBudget
-
-CONTROLS = 2
 
 
 class Weighted(LGPTrainer):
@@ -92,21 +88,6 @@ LOSSES: dict[str, tuple[type[LGPTrainer], dict[str, Any]]] = {
     "two heads": (TwoHeads, {}),
     "contrastive": (Contrastive, {}),
 }
-
-
-def orders() -> list[tuple[Tensor, Tensor]]:
-    """An order of the examples for every possible control set, and its inverse."""
-    draws = itertools.combinations(range(EXAMPLES), CONTROLS)
-    found = [torch.tensor([*draw, *(i for i in range(EXAMPLES) if i not in draw)]) for draw in draws]
-    return [(order, order.argsort()) for order in found]
-
-
-def every_draw(calls: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a step draw every control set in turn, every combination of them if it calls the model several times."""
-    for draws in itertools.product(orders(), repeat=calls):
-        upcoming = iter(draws)
-        monkeypatch.setattr(hf_lgp.call, "draw_order", lambda *_, upcoming=upcoming: next(upcoming))
-        yield
 
 
 @pytest.mark.parametrize("loss", LOSSES)

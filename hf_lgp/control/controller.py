@@ -64,6 +64,7 @@ class Controller:
     residuals: tuple[Residual, ...] = (Residual(),)  # what was measured with each number of rows
     changed_at: int = 0  # micro-batch of the last change of fraction
     look_at: int = 0  # micro-batch from which on to look again, while nothing pays
+    asked_at: int = 0  # micro-batch from which on measurements were wanted
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
@@ -142,7 +143,7 @@ class Controller:
             fraction = 1.0
         groups = GROUPS if control_size(examples, fraction) >= 2 else 0
         if rules.fraction:
-            due = self.seen % (2 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0
+            due = self.seen % (4 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0  # nothing is decided by it
             return StepPlan(fraction, groups * due, rules.first_row)
         if self.seen % CLEAN_EVERY == CLEAN_EVERY - 1:
             return StepPlan()
@@ -165,19 +166,22 @@ class Controller:
         last_before_decision = self.seen % PERIOD == PERIOD - 1
         if self.seconds(rehearsal) is None:
             return rehearsal if last_before_decision else exact
-        if self.look_at:
-            if self._hopeless:
-                return rehearsal if last_before_decision else exact
-            due = self.seen < self.look_at + _LOOKS
-        else:
-            due = self._unknown and not self._hopeless and left <= _MEASUREMENTS + PERIOD
-            due = due and (self.rows == 0 or self.seen % PERIOD < _MORE)
+        if self._hopeless:
+            return rehearsal if self.look_at and last_before_decision else exact
+        # Readings may come late: only if they did not after a while, more is measured.
+        due = self._unknown and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted
         return replace(exact, measure=groups, rows=self.rows) if due else exact
 
     @property
+    def _wanted(self) -> int:
+        """Measurements wanted before a choice."""
+        return _LOOKS if self.look_at else _MORE if self.rows else _MEASUREMENTS
+
+    @property
     def _unknown(self) -> bool:
-        """Whether too little was measured with the present number of rows."""
-        return self.measurements < (_MORE if self.rows else _MEASUREMENTS)
+        """Whether too little was measured with the present number of rows, since the look began if there is one."""
+        known = self.residuals[self.rows]
+        return known.count < self._wanted or known.at < self.look_at
 
     @property
     def _hopeless(self) -> bool:
@@ -204,26 +208,35 @@ class Controller:
         if groups < GROUPS or rows >= len(self.residuals) or not all(map(math.isfinite, (*residual, *total))):
             return self
         known = list(self.residuals)
-        known[rows] = known[rows].measured(residual, total, at)
+        # A look begins anew: what was measured before would outweigh it.
+        before = Residual() if known[rows].at < self.look_at <= at else known[rows]
+        known[rows] = before.measured(residual, total, at)
         return replace(self, residuals=tuple(known))
 
     def decided(self, rules: Rules, step: int) -> Controller:
         """With a fraction chosen by what is known now."""
         if self.predicted_first_row != rules.first_row:
             return replace(self, predicted_first_row=rules.first_row).decided(rules, step)
+        if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
+            return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
+        rehearsed = self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is not None
+        if rehearsed and not self.asked_at:
+            return replace(self, asked_at=self.seen).decided(rules, step)
         if rules.fraction or step < rules.exact_steps or self.seconds(StepPlan()) is None:
             return self
         if self.fraction >= 1.0:
-            if self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is None or self.seen < self.look_at + _LOOKS:
+            if not rehearsed or self.seen < self.look_at:
                 return self
             if not self._hopeless:
                 if self._unknown:
                     return self
                 if self._more_rows_may_help(rules):
-                    return replace(self, rows=self.rows + 1, residuals=(*self.residuals, Residual()))
+                    more = (*self.residuals, Residual())
+                    return replace(self, rows=self.rows + 1, residuals=more, asked_at=self.seen)
         elif any(len(self.times.get(key_of(plan), ())) < _TRIAL for plan in self._compared):
             return self
-        every = range(len(self.residuals)) if self.fraction >= 1.0 else (self.rows,)
+        fresh = (rows for rows, known in enumerate(self.residuals) if known.at >= self.look_at)
+        every = tuple(fresh) if self.fraction >= 1.0 else (self.rows,)
         prices = {
             (f, rows): self.price(f, rows) * (1.0 if self.seconds(self._with(f, rows)) else 1.0 / _MARGIN)
             for rows in every
@@ -279,6 +292,7 @@ class Controller:
             comparing=False,
             changed_at=changed_at,
             look_at=look_at,
+            asked_at=look_at,
             look_after=min(_LAST_LOOK, 2 * self.look_after),
             times=times,
         )

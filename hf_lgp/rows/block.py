@@ -78,14 +78,27 @@ def run_rows(
     Returns:
         What the block returns: rows ``(m, S, D)``, or a tuple that begins with them.
     """
-    length, few, exact = x.shape[1], rows.shape[1], weights is None
-    key, value = (None if p is None or (exact and p.random) else p for p in (parts.key, parts.value))
+    length, exact = x.shape[1], weights is None
+    key, value = parts.key, parts.value
+    if exact and (
+        any(d.training and d.p > 0.0 for d in parts.early)
+        or any(p is not None and p.weight is None for p in (key, value))
+    ):  # the walk leaves dropout out, and may round a weight that is found out
+        key = value = None
     folds = key is not None and value is not None
     on_few = folds and parts.on_few
     on_all = False  # whether modules of the block meet all rows
 
     def of_few(t: Any) -> Any:
-        return t[:, :few] if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == length else t
+        if not isinstance(t, Tensor) or t.dim() != 3 or t.shape[1] != length:
+            return t
+        return t[:, :1] if weights is None else mean_rows(weights, t)
+
+    def for_all(out: Tensor) -> Tensor:
+        """What was made for the few, ``(m, S, H, d)``, in the place of every row they stand for: what comes next may have something of each row's own."""
+        if weights is None:
+            return F.pad(out, (0, 0, 0, 0, 0, length - 1))
+        return ((weights > 0).to(out.dtype) @ out.flatten(2)).unflatten(2, out.shape[2:])
 
     def meeting(of_all: _Forward, of_rows: _Forward) -> _Forward:
         return lambda rows: of_all(rows) if on_all else of_rows(of_few(rows))
@@ -103,7 +116,7 @@ def run_rows(
         on_all = False
         # The exact forward of the first row has the model's dropout; the walk its expectation, none.
         out = attend(query, x, *made_of, bias, dropout if exact else 0.0)
-        return (out if on_few else F.pad(out, (0, 0, 0, 0, 0, length - few))), None
+        return (out if on_few else for_all(out)), None
 
     def attention_of_rows(*args: Any, **kwargs: Any) -> Any:
         nonlocal on_all

@@ -34,6 +34,7 @@ class BlockParts:
     key: Projection | None  # the affine map from ``x`` to keys; None if they are made in another way
     value: Projection | None  # the same for values
     on_few: bool  # whether the attention module is given the followed rows alone, not all
+    early: tuple[nn.Dropout, ...]  # dropouts within it that run before attention
     norms: tuple[Norm, ...]  # norms of the block, without ``front``
     dropouts: tuple[nn.Dropout, ...]  # its dropouts
 
@@ -78,6 +79,7 @@ class Spot(NamedTuple):
     key: Tensor
     value: Tensor
     running: tuple[nn.Module, ...]
+    ran: frozenset[nn.Module]  # modules that had been called by then
     behind: list[nn.Module]  # what ran next, and the modules that were running still
 
 
@@ -96,7 +98,7 @@ def heard(model: nn.Module, run: Callable[[], Any], intercept: Intercept) -> Hea
     def note(plain: Callable[[], Any], query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
         out = plain()
         if running and running[-1] not in found.made:
-            latest[:] = [Spot(query, key, value, tuple(running), [])]
+            latest[:] = [Spot(query, key, value, tuple(running), frozenset(found.entered), [])]
             found.spots.setdefault(running[-1], []).extend(latest)
         return out
 
@@ -138,7 +140,8 @@ def parts_of(block: nn.Module, found: Heard) -> BlockParts:
     dropouts = tuple(m for m in block.modules() if isinstance(m, nn.Dropout))
     on_few = all(p is not None and p.module is not attention for p in (key, value))
     known = tuple(norm for norm in norms if norm is not None)
-    return BlockParts(block, attention, front, behind, key, value, on_few, known, dropouts)
+    early = tuple(d for d in dropouts if d in spot.ran and d in set(attention.modules()))
+    return BlockParts(block, attention, front, behind, key, value, on_few, early, known, dropouts)
 
 
 def _attention_of(block: nn.Module, hidden: Tensor, spot: Spot, found: Heard) -> tuple[nn.Module, nn.Module | None]:

@@ -42,11 +42,6 @@ class Projection:
         heads, d = self.shape
         return type(self.module) is nn.Linear and self.module.out_features == heads * d
 
-    @property
-    def random(self) -> bool:
-        """Whether it has dropout inside, and so is not affine in training."""
-        return self.weight is None and any(d.training and d.p > 0.0 for d in _dropouts(self.module))
-
     def affine(self, x: Tensor) -> Affine:
         """Its weight and bias for rows like ``x``, with a graph to whatever parameters they are made of."""
         bias: Tensor | None = None
@@ -64,10 +59,6 @@ class Projection:
         if self.step == d:
             return weight.narrow(0, self.begin, heads * d).unflatten(0, (heads, d))
         return weight.narrow(0, self.begin, (heads - 1) * self.step + d).unfold(0, d, self.step).mT
-
-
-def _dropouts(module: nn.Module) -> Iterator[nn.Dropout]:
-    return (m for m in module.modules() if isinstance(m, nn.Dropout))
 
 
 def _found_out(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +82,9 @@ def projection_of(
     if heads.requires_grad and trained:
         gradients = torch.autograd.grad(heads.sum(), trained, allow_unused=True, retain_graph=True)
         reached = {id(p) for p, g in zip(trained, gradients, strict=True) if g is not None}
-    with torch.no_grad(), suppress(RuntimeError):
-        for candidate in _candidates(x, attention, entered, made):
-            own = candidate.module.parameters(recurse=candidate.weight is None)
+    for candidate in _candidates(x, attention, entered, made):
+        own = candidate.module.parameters(recurse=candidate.weight is None)
+        with torch.no_grad(), suppress(Exception):  # what cannot be called with unit rows is no such map
             if reached <= {id(p) for p in own} and (found := _among_outputs(candidate, heads, x)) is not None:
                 return found
     return None

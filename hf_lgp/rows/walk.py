@@ -121,7 +121,7 @@ def _walk_block(
 
         tensors = [notes.hidden, weights, arriving, *notes.tensors(True)]
         of_rows, of_hidden, *of_own = how.run(
-            "walk", parts.block, leaves, pulled, tensors, lambda: notes.fixed(how.half)
+            f"walk of {weights.shape[2]} rows", parts.block, leaves, pulled, tensors, lambda: notes.fixed(how.half)
         )
     else:
 

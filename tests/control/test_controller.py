@@ -36,26 +36,28 @@ def simulate(
     rules: Rules = RULES,
     noise: float = 0.1,
     smaller: float = 1.0,
+    late: int = 0,
 ) -> tuple[Controller, list[StepPlan], float]:
-    """A run: the controller at its end, the plans it made, and its time in plain steps."""
+    """A run: the controller at its end, the plans it made, and its time in plain steps; readings come so many periods late, as on a GPU."""
     draw, controller = random.Random(0), Controller()
     plans: list[StepPlan] = []
-    pending: list[tuple[StepPlan, int, float]] = []
+    pending: list[list[tuple[StepPlan, int, float]]] = [[] for _ in range(late + 1)]
     spent = 0.0
     for step in range(steps):
         if controller.seen % PERIOD == 0:
-            for plan, at, unit in pending:
+            for plan, at, unit in pending.pop(0):
                 controller = controller.timed(plan, unit, at).accounted(plan, unit, 1.0)
                 if plan.measure:
                     residual = share(at) * smaller**plan.rows * math.exp(draw.gauss(0, 0.3))
                     controller = controller.measured(
                         [residual, 0.5 * residual], [1.0, 0.5], plan.measure, at, plan.rows
                     )
-            pending, controller = [], controller.decided(rules, step)
+            pending.append([])
+            controller = controller.decided(rules, step)
         plan = controller.plan(rules, step, M)
         unit = time_of(plan) * math.exp(draw.gauss(0, noise))
         plans.append(plan)
-        pending.append((plan, controller.seen, unit))
+        pending[-1].append((plan, controller.seen, unit))
         controller, spent = controller.advanced(M), spent + time_of(plan)
     return controller, plans, spent / steps
 
@@ -107,6 +109,44 @@ def test_more_rows_are_followed_where_their_price_is_less(
     controller, plans, _ = simulate(1500, with_more_rows(dearer), lambda at: share, rules, 0.02, smaller)
     assert controller.fraction == fraction and (controller.rows == rows or fraction == 1.0)
     assert sum(plan.rows > 1 and plan.measure > 0 and plan.fraction == 1.0 for plan in plans) <= 8
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_no_more_is_measured_because_readings_come_late(late: int) -> None:
+    rules = replace(RULES, doublings=2)
+    _, plans, _ = simulate(600, with_more_rows(0.04), lambda at: 0.8, rules, 0.02, 0.5, late)
+    for rows, most in ((0, 8), (1, 4), (2, 4)):
+        assert 0 < sum(p.measure == 8 and p.rows == rows and p.fraction == 1.0 for p in plans[:120]) <= most
+
+
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("bad", [0.3, 0.9])
+def test_a_look_finds_predictions_that_have_become_good(late: int, bad: float) -> None:
+    rules = replace(RULES, doublings=2)
+    share = lambda at: 0.01 if at < 300 or at > 1500 else bad  # noqa: E731
+    controller, plans, _ = simulate(4000, with_more_rows(0.04), share, rules, 0.02, 0.9, late)
+    assert not any(plan.fraction < 1.0 for plan in plans[1100:1400]) and controller.fraction < 1.0
+
+
+def test_where_nothing_helps_looks_are_cheap_with_more_rows_too() -> None:
+    rules = replace(RULES, doublings=2)
+    assert simulate(2000, with_more_rows(0.04), lambda at: 0.9, rules, 0.1, 0.7)[2] < 1.03
+
+
+def test_a_machine_that_was_hopeless_may_become_good() -> None:
+    calls = count()
+
+    def quieter(plan: StepPlan) -> float:
+        return overhead_bound(plan) if next(calls) < 4000 else compute_bound(plan)
+
+    assert simulate(12000, quieter, lambda at: 0.01)[0].fraction < 1.0
+
+
+def test_a_run_that_goes_on_with_other_settings_follows_as_many_rows_as_they_say() -> None:
+    controller = simulate(1500, with_more_rows(0.04), lambda at: 0.15, replace(RULES, doublings=2), 0.02, 0.4)[0]
+    assert controller.rows > 0
+    for rules in (RULES, replace(RULES, fraction=0.5, doublings=2)):
+        assert controller.decided(rules, 1500).rows == 0
 
 
 def test_as_many_rows_are_followed_as_was_said() -> None:

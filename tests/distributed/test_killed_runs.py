@@ -58,7 +58,7 @@ def ends(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         assert not (killed / "final.pt").exists()
     assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-15", "checkpoint-20"}
     controller = json.loads((killed / "checkpoint-20" / "lgp_state.json").read_text())["controller"]
-    assert controller["measurements"] == 1
+    assert controller["residuals"][0]["count"] == 1
     assert run(str(killed), "-1", str(killed / "checkpoint-20"))
     expected, found = (torch.load(folder / "final.pt") for folder in (straight, killed))
     return expected, found
