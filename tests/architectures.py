@@ -83,8 +83,9 @@ def _lora() -> Any:
 class FusedAttention(nn.Module):
     """As timm has it: queries, keys and values by one layer, and PyTorch's attention called by the module itself."""
 
-    def __init__(self, norms: bool) -> None:
+    def __init__(self, norms: bool, gated: bool) -> None:
         super().__init__()
+        self.gate = nn.Linear(8, 8) if gated else None
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
         self.q_norm, self.k_norm = (nn.LayerNorm(4), nn.LayerNorm(4)) if norms else (nn.Identity(), nn.Identity())
         self.norm = nn.LayerNorm(8) if norms else nn.Identity()
@@ -92,13 +93,14 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(self.norm(out.transpose(1, 2).reshape(x.shape)))
+        out = out.transpose(1, 2).reshape(x.shape)
+        return self.proj(self.norm(out if self.gate is None else out * self.gate(x).sigmoid()))
 
 
 class FusedBlock(nn.Module):
-    def __init__(self, norms: bool) -> None:
+    def __init__(self, norms: bool, gated: bool) -> None:
         super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(8), FusedAttention(norms), nn.LayerNorm(8)
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(8), FusedAttention(norms, gated), nn.LayerNorm(8)
         self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,10 +111,10 @@ class FusedBlock(nn.Module):
 class Fused(nn.Module):
     """A ViT as timm builds it: its blocks in an ``nn.Sequential``."""
 
-    def __init__(self, norms: bool) -> None:
+    def __init__(self, norms: bool, gated: bool = False) -> None:
         super().__init__()
         self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 1, 8))
-        self.blocks = nn.Sequential(*(FusedBlock(norms) for _ in range(3)))
+        self.blocks = nn.Sequential(*(FusedBlock(norms, gated) for _ in range(3)))
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
         self.config = t.PreTrainedConfig()
 
@@ -181,6 +183,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(lambda: _decoder("qwen3", **_GROUPED), "tokens"),
     "fused": Architecture(lambda: Fused(False)),
     "fused with norms": Architecture(lambda: Fused(True)),
+    "gated": Architecture(lambda: Fused(True, gated=True)),
     "own encoder": Architecture(lambda: OwnEncoder(True), "tokens"),
     "own encoder, norms last": Architecture(lambda: OwnEncoder(False), "tokens"),
 }
@@ -196,6 +199,7 @@ READS_FIRST_ROW = {
     "modernbert",
     "fused",
     "fused with norms",
+    "gated",
 }
 """Those whose head reads the first row alone."""
 

@@ -75,7 +75,7 @@ def test_predicted_steps_run_compiled_blocks_that_are_alike_as_one(tmp_path: Pat
     assert_same_run(eager, compiled)
     method = compiled._lgp.method if compiled._lgp is not None else None
     assert isinstance(method, RowWalk) and isinstance(method.how.run, Compiled)
-    assert method.how.run.graphs == {"others": 2, "control": 2, "walk": 2}
+    assert method.how.run.graphs == {"others": 2, "control": 2, "walk of 5 rows": 2}
     assert graphs() == 6 and not torch._dynamo.utils.counters["recompiles"]
 
 
@@ -86,7 +86,7 @@ def test_blocks_that_differ_have_graphs_of_their_own(alike: bool) -> None:
         model.vit.layers[0].layernorm_after.eps = 1e-3
     run = Compiled("aot_eager")
     found = [gradients(model, batch, how) for how in (run_eagerly, run)]
-    assert run.graphs == dict.fromkeys(("others", "control", "walk"), 1 if alike else 2)
+    assert run.graphs == dict.fromkeys(("others", "control", "walk of 3 rows"), 1 if alike else 2)
     torch.testing.assert_close(*found)
 
 
@@ -114,7 +114,7 @@ class Rounds(torch.nn.Module):
         return Straight.apply(rows)
 
 
-@pytest.mark.parametrize(("what", "kinds"), [(Waits, set()), (Rounds, {"others", "walk"})])
+@pytest.mark.parametrize(("what", "kinds"), [(Waits, set()), (Rounds, {"others", "walk of 3 rows"})])
 def test_what_a_graph_would_not_have_runs_as_it_is(
     what: type[torch.nn.Module], kinds: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,7 +143,7 @@ def test_inductor_gives_the_same_gradients() -> None:
     model, batch = tiny_vit(), TinyImages(8).batch(0, 8)
     run = Compiled("inductor")
     found = [gradients(model, batch, how) for how in (run_eagerly, run)]
-    assert run.graphs == {"others": 1, "control": 1, "walk": 1}
+    assert run.graphs == {"others": 1, "control": 1, "walk of 3 rows": 1}
     torch.testing.assert_close(*found)
 
 

@@ -45,7 +45,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 ROTATED = (False, True)
-FOLDS = {**dict.fromkeys(("dinov3", "modernbert", "llama", "qwen3", "fused with norms"), ROTATED)}
+FOLDS = {**dict.fromkeys(("dinov3", "modernbert", "llama", "qwen3", "fused with norms", "gated"), ROTATED)}
 """Whether keys and values are affine in what attention reads, where not both are."""
 
 
@@ -225,3 +225,25 @@ def test_with_dropout_the_mean_over_many_draws_is_that_of_exact_steps() -> None:
     one, other = (torch.stack(samples[kind]) for kind in ("exact", "predicted"))
     z = (one.mean(0) - other.mean(0)) / ((one.var(0) + other.var(0)) / count).sqrt()
     assert float(z.abs().max()) < 4.5 and 0.6 < float(z.std()) < 1.4
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_in_front_of_keys_is_the_models_own_where_the_last_block_is_exact(p: float) -> None:
+    """Such as that of an adapter: folding would leave it out."""
+    pytest.importorskip("peft")
+    model = model_of("vit with lora").train()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora" in name:
+            module.p = p
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module["default"] = nn.Dropout(p)
+    stacks, inputs, losses = stacks_of("vit with lora", model.eval(), first_row=True), inputs_of("vit"), []
+    model.train()
+    for block in model.get_base_model().vit.layers[:-1]:
+        block.eval()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with spliced(stacks, StepPlan(first_row=True), HOW):
+            losses.append(float(model(**inputs).loss))
+    assert (losses[0] == losses[1]) == (p == 0.0)

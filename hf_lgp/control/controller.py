@@ -68,12 +68,8 @@ class Controller:
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
-    first_row: bool = (
-        False  # whether exact steps are faster with the last block on the first row only; compiled ones may not be
-    )
-    comparing: bool = (
-        False  # whether exact steps are timed anew, in turns with predicted ones, before these are given up
-    )
+    first_row: bool = False  # whether exact steps are faster with the last block on one row; compiled ones may not be
+    comparing: bool = False  # whether exact steps are timed anew beside predicted ones, before these are given up
     predicted_first_row: bool = False  # whether predicted steps run it so, wherever that is possible
 
     @property
@@ -322,5 +318,5 @@ class Controller:
 
 def key_of(plan: StepPlan) -> str:
     """A kind of step, as a name."""
-    more = (" first row" * plan.first_row, f" {plan.measure} groups" * (plan.measure > 0))
-    return "".join((f"{plan.fraction:g}", *more, f" {plan.rows} doublings" * (plan.rows > 0)))
+    name = f"{plan.fraction:g}{' first row' * plan.first_row}"
+    return f"{name}{f' {plan.measure} groups' * (plan.measure > 0)}{f' {plan.rows} doublings' * (plan.rows > 0)}"

@@ -206,9 +206,9 @@ def rows_of_bias(
     if total is None:
         return None
     total = total.clamp_min(torch.finfo(total.dtype).min / 2)
-    if total.shape[2] > 1 and weights is None:
+    if weights is None:
         total = total[:, :, :1]
-    elif total.shape[2] > 1 and weights is not None:
+    elif total.shape[2] > 1:
         top = total.amax((2, 3), keepdim=True).detach()
         through = weights.mT.unsqueeze(1).to(total.dtype) @ (total - top).exp()
         total = through.clamp_min(1e-30).log() + top  # whose gradient at 0 would be infinite

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ def run_rows(
 
     attention = parts.attention.forward
     replaced: list[tuple[nn.Module, _Forward]] = [
-        (d, meeting(_dropout_of_all(d, weights), _dropout_of_rows(d, notes.stream.kept.get(k, ()))))
+        (d, meeting(d.forward if exact else lambda rows: rows, _dropout_of_rows(d, notes.stream.kept.get(k, ()))))
         for k, d in enumerate(parts.dropouts)
     ]
     if parts.front is not None:
@@ -143,7 +144,8 @@ def run_rows(
     # What is folded need not be made.
     unmade = (p for p in (key, value) if p is not None and p.alone and (folds or p is value))
     replaced += [(p.module, _unmade(p.shape[0] * p.shape[1])) for p in unmade]
-    with forward_replaced(*replaced), _without_checkpoint(parts.block), intercept(attend_rows):
+    few_need_no_checkpoint = patch.object(parts.block, "gradient_checkpointing", False, create=True)
+    with forward_replaced(*replaced), few_need_no_checkpoint, intercept(attend_rows):
         # Its class's forward, not one that was put in its place.
         return type(parts.block).forward(parts.block, rows, *notes.args, **notes.kwargs)
 
@@ -187,21 +189,3 @@ def _dropout_of_rows(dropout: nn.Dropout, noted: Sequence[Tensor]) -> _Forward:
         return rows if rows.dim() != 3 else torch.cat([rows[:, :1] * next(kept), rows[:, 1:]], 1)
 
     return forward
-
-
-def _dropout_of_all(dropout: nn.Dropout, weights: Tensor | None) -> _Forward:
-    """In front of keys and values of all rows: the model's own where the forward is exact, its expectation in the walk."""
-    return (lambda rows: rows) if weights is not None else lambda rows: type(dropout).forward(dropout, rows)
-
-
-@contextmanager
-def _without_checkpoint(block: nn.Module) -> Iterator[None]:
-    """A few rows need no activation checkpointing."""
-    before = block.__dict__.get("gradient_checkpointing", False)
-    if before:
-        block.__dict__["gradient_checkpointing"] = False
-    try:
-        yield
-    finally:
-        if before:
-            block.__dict__["gradient_checkpointing"] = before

@@ -80,7 +80,7 @@ class Spot(NamedTuple):
     value: Tensor
     running: tuple[nn.Module, ...]
     ran: frozenset[nn.Module]  # modules that had been called by then
-    behind: list[nn.Module]  # what ran next, and the modules that were running still
+    behind: list[nn.Module]  # modules that were called later, in their order
 
 
 class Heard(NamedTuple):
@@ -105,7 +105,7 @@ def heard(model: nn.Module, run: Callable[[], Any], intercept: Intercept) -> Hea
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         found.entered.setdefault(module, args[0] if args else next(iter(kwargs.values()), None))
         if latest:
-            latest.pop().behind.extend((module, *running))
+            latest[0].behind.append(module)
         running.append(module)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
@@ -134,13 +134,14 @@ def parts_of(block: nn.Module, found: Heard) -> BlockParts:
     x = found.entered[attention]
     if any(t.dim() != 4 or (len(t), t.shape[2]) != x.shape[:2] for t in (spot.query, spot.key, spot.value)):
         raise UnknownBlock("its attention does not have one query and one key for each row")
-    behind = spot.behind[0] if attention in spot.behind[1:] else None
+    within = set(attention.modules())
+    behind = next((m for m in spot.behind if m in within and found.entered[m] is not x), None)
     key, value = (projection_of(t, x, attention, found.entered, found.made) for t in (spot.key, spot.value))
     norms = (norm_of(m, found.entered.get(m)) for m in block.modules() if m is not front)
     dropouts = tuple(m for m in block.modules() if isinstance(m, nn.Dropout))
     on_few = all(p is not None and p.module is not attention for p in (key, value))
     known = tuple(norm for norm in norms if norm is not None)
-    early = tuple(d for d in dropouts if d in spot.ran and d in set(attention.modules()))
+    early = tuple(d for d in dropouts if d in spot.ran and d in within)
     return BlockParts(block, attention, front, behind, key, value, on_few, early, known, dropouts)
 
 

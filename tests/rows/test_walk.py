@@ -63,6 +63,23 @@ def test_with_every_row_followed_the_walk_is_the_backward(name: str, monkeypatch
         assert float((a - b).norm()) <= 1e-9 * max(float(b.norm()), 1e-3 * largest)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_asked_of_one_row_alone_is_exact_in_the_last_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever row it is, and whatever the block does with each row by itself."""
+    if "lora" in name:
+        pytest.importorskip("peft")
+    stack, call, out = noted(name, model_of(name).eval(), monkeypatch)
+    delta = torch.zeros_like(out)
+    delta[:, 2] = torch.randn_like(out[:, 2])
+    last = {id(p): p for p in stack.parts[-1].block.parameters() if p.requires_grad}
+    expected = torch.autograd.grad(out, list(last.values()), delta, allow_unused=True)
+    _, found = walked(stack, call.notes, delta, RowBudget(1, 0), len(stack.parts) - 1, False)
+    largest = max(float(g.norm()) for g in expected if g is not None)
+    for key, exact in zip(last, expected, strict=True):
+        a, b = (torch.zeros(1) if g is None else g for g in (found.get(key), exact))
+        assert float((a - b).norm()) <= 1e-9 * max(float(b.norm()), 1e-3 * largest)
+
+
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_the_walk_treats_examples_by_themselves_and_is_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, call, out = noted(name, model_of(name).eval(), monkeypatch)
