@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers as t
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.models.auto import modeling_auto as auto
@@ -47,6 +49,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": dict(
         num_mel_bins=32, max_length=64, patch_size=8, frequency_stride=4, time_stride=8
     ),
+    # as all published checkpoints have it
+    **{name: dict(use_relative_position_bias=True) for name in ("beit", "data2vec-vision")},
     "vivit": dict(tubelet_size=[2, 4, 4]),
     **{
         name: _CONVOLUTIONS
@@ -177,7 +181,7 @@ def _torch_encoder(norm_first: bool) -> Callable[[], nn.Module]:
 
 
 def _beit_class_token() -> nn.Module:
-    config = small_config(t.BeitConfig)
+    config = small_config(t.BeitConfig, "beit")
     config.use_mean_pooling = False
     return t.BeitForImageClassification(config)
 
@@ -203,20 +207,28 @@ def examples_of(reads: str, config: Any, count: int, seed: int) -> dict[str, Ten
     return {**_MADE[reads](config, labels, draw), "labels": labels}
 
 
-def _patterns(shape: tuple[int, ...]) -> Tensor:
-    """A pattern for each class."""
-    return torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(7))
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's handwritten digits below :data:`CLASSES`, 8 pixels wide, and which they are."""
+    digits = load_digits()
+    known = digits.target < CLASSES
+    return torch.from_numpy(digits.images[known]).float()[:, None] / 8.0 - 1.0, torch.from_numpy(digits.target[known])
 
 
 def _images(config: Any, labels: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
-    """A coloured texture of its class somewhere in the image, in noise."""
+    """A handwritten digit of its class in some colour, three quarters as wide as the image, somewhere in it."""
     side, channels = _of(config, "image_size", 32), _of(config, "num_channels", 3)
     side = side if isinstance(side, int) else side[0]
-    pixels = 0.5 * torch.randn(len(labels), channels, side, side, generator=draw)
-    textures, half = _patterns((channels, side // 2, side // 2)), side // 2
-    for image, label in zip(pixels, labels.tolist(), strict=True):
-        top, left = torch.randint(0, half + 1, (2,), generator=draw).tolist()
-        image[:, top : top + half, left : left + half] += textures[label]
+    images, kinds = _digits()
+    chosen = torch.stack(
+        [own[torch.randint(0, len(own), (1,), generator=draw)[0]] for own in (images[kinds == k] for k in labels)]
+    )
+    drawn = F.interpolate(chosen, (side * 3 // 4,) * 2, mode="bilinear")
+    drawn = drawn * (0.5 + torch.rand(len(labels), channels, 1, 1, generator=draw))
+    pixels = 0.1 * torch.randn(len(labels), channels, side, side, generator=draw) - 1.0
+    for image, digit in zip(pixels, drawn, strict=True):
+        top, left = torch.randint(0, side // 4 + 1, (2,), generator=draw).tolist()
+        image[:, top : top + digit.shape[1], left : left + digit.shape[2]] += digit + 1.0
     if config.model_type == "siglip2":  # which is given patches
         patches = torch.nn.functional.unfold(pixels, 4, stride=4).mT
         shapes = torch.tensor([[side // 4, side // 4]]).expand(len(labels), 2)
