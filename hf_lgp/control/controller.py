@@ -4,8 +4,7 @@ An automatic run goes through three stages. *Exact*: its first steps, in which p
 only, and the residual's share of the variance is measured. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
 micro-batches, so that its time is known. *Predicting*: it is followed as long as its measured price is the best; now and then a
 micro-batch measures the share, and a plain one is timed. Before it is given up, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
-
-Where the share is too large for small fractions, it is measured with twice as many rows followed, and twice as many again; what that costs is seen in the times of the measurements.
+Where the share is too large for small fractions, it is measured with twice as many rows followed, and twice as many again.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ class Controller:
     def cost(self, fraction: float, rows: int | None = None) -> float:
         """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
 
-        Without a time of its own, the share of a step that does not depend on the number of examples is estimated from the rehearsal, which
-        has it twice for the control examples and for the walk; what more rows cost, from measurements with both numbers of rows.
+        The rehearsal has what does not depend on the number of examples twice, for control examples and walk. What more rows cost is seen in the measurements.
         """
         rows, exact = self.rows if rows is None else rows, self.seconds(self.exact_plan)
         if exact is None:
