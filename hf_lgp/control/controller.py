@@ -33,6 +33,10 @@ _TRIAL = 6  # times of a kind of step before they are believed
 _SETTLING = 2  # after a change of plan, not timed: they allocate what later ones reuse
 _MARGIN = 0.95  # expected price, relative to exact steps, below which an untried fraction is tried
 _HYSTERESIS = 0.97  # price, relative to the present one, below which another fraction takes over
+_FAR_BELOW, _SPENT = (
+    1 / 3,
+    0.02,
+)  # what a first measurement may be wrong by; share of a run that is spent on finding out more
 # Until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions would save
 # too little, which only the machine can change. Then measurements of a look.
 _FIRST_LOOK, _LAST_LOOK, _HOPELESS_LOOK, _LOOKS = 64, 1024, 4096, 2
@@ -64,6 +68,7 @@ class Controller:
     changed_at: int = 0  # micro-batch of the last change of fraction
     look_at: int = 0  # micro-batch from which on to look again, while nothing pays
     asked_at: int = 0  # micro-batch from which on measurements were wanted
+    budget: float = math.inf  # largest relative variance allowed
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
@@ -156,12 +161,15 @@ class Controller:
         exact = self.exact_plan
         if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < max(PERIOD, self.look_at):
             return exact
-        rehearsal = replace(_REHEARSAL, first_row=self.first_row)
-        last_before_decision = self.seen % PERIOD == PERIOD - 1
-        if self.seconds(rehearsal) is None:
-            return rehearsal if last_before_decision else exact
+        rehearsal, left_before_decision = replace(_REHEARSAL, first_row=self.first_row), PERIOD - self.seen % PERIOD
+        if (
+            self.seconds(rehearsal) is None
+        ):  # and a first measurement, to see what that costs and whether it promises something
+            return (
+                rehearsal if left_before_decision == 2 else replace(exact, measure=groups * (left_before_decision == 1))
+            )
         if self._hopeless:
-            return rehearsal if self.look_at and last_before_decision else exact
+            return rehearsal if self.look_at and left_before_decision == 1 else exact
         # Readings may come late: only if they did not after a while, more is measured.
         due = self._unknown and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted
         return replace(exact, measure=groups, rows=self.rows) if due else exact
@@ -175,7 +183,19 @@ class Controller:
     def _unknown(self) -> bool:
         """Whether too little was measured with the present number of rows, since the look began if there is one."""
         known = self.residuals[self.rows]
-        return known.count < self._wanted or known.at < self.look_at
+        return (known.count < self._wanted and not self._unpromising) or known.at < self.look_at
+
+    @property
+    def _unpromising(self) -> bool:
+        """Whether a share far below what was measured, be it once, would allow no fraction."""
+        known = self.residuals[self.rows]
+        return known.count > 0 and relative_variance(max(FRACTIONS), _FAR_BELOW * known.share) > self.budget
+
+    def _dear(self, measurements: int, exact_steps: int) -> bool:
+        """Whether so many measurements would take too much of what the run has taken, or is sure to take."""
+        exact, own = self.seconds(self.exact_plan), self.seconds(replace(self.exact_plan, measure=GROUPS))
+        more = 0.0 if exact is None or own is None else max(0.0, own / exact - 1.0)
+        return measurements * more > _SPENT * max(self.seen, 10 * exact_steps)
 
     @property
     def _hopeless(self) -> bool:
@@ -211,6 +231,8 @@ class Controller:
         """With a fraction chosen by what is known now."""
         if self.predicted_first_row != rules.first_row:
             return replace(self, predicted_first_row=rules.first_row).decided(rules, step)
+        if self.budget != rules.budget:
+            return replace(self, budget=rules.budget).decided(rules, step)
         if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
         rehearsed = self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is not None
@@ -260,7 +282,7 @@ class Controller:
         shares = [known.share for known in self.residuals]
         if self.rows >= rules.doublings or self.rows + 1 < len(shares) or shares[-1] < _SMALL_SHARE:
             return False
-        return len(shares) == 1 or shares[-1] < _HELPS * shares[-2]
+        return (len(shares) == 1 or shares[-1] < _HELPS * shares[-2]) and not self._dear(_MORE, rules.exact_steps)
 
     @property
     def _compared(self) -> tuple[StepPlan, ...]:
@@ -274,6 +296,8 @@ class Controller:
     def _waiting(self, given_up: bool) -> Controller:
         """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
         wait = _HOPELESS_LOOK if self._hopeless else self.look_after
+        while wait < _HOPELESS_LOOK and replace(self, seen=wait)._dear(_LOOKS, 0):
+            wait *= 2
         # Looks end where decisions are made.
         look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
         times = self.times

@@ -135,6 +135,15 @@ def test_where_nothing_helps_looks_are_cheap_with_more_rows_too() -> None:
     assert simulate(2000, with_more_rows(0.04), lambda at: 0.9, rules, 0.1, 0.7)[2] < 1.03
 
 
+@pytest.mark.parametrize("steps", [60, 126, 500, 3000])
+def test_a_run_whose_measurements_are_dear_and_bad_makes_few(steps: int) -> None:
+    """A large model and few tokens: gradients by group cost more than the steps."""
+    rules = replace(RULES, exact_steps=min(100, steps // 10), first_row=True, doublings=2)
+    _, plans, time = simulate(steps, lambda p: compute_bound(p) + 3.5 * (p.measure > 2), lambda at: 0.45, rules, 0.05)
+    assert not any(plan.fraction < 1.0 for plan in plans)
+    assert time < 0.85 + (3.5 + 8 * 0.15) / steps + 0.04
+
+
 def test_a_machine_that_was_hopeless_may_become_good() -> None:
     calls = count()
 
