@@ -303,7 +303,7 @@ def architectures() -> str | None:
     rows = []
     for result in results("architectures*"):
         for name, row in sorted(result["rows"].items()):
-            kind, model = name.split(": ")
+            kind, model = name.split(": ", 1)
             if "exact_because" in row:
                 rows.append([kind, f"`{model}`", "", "", "", "", f"exact: {row['exact_because'][:160]}"])
                 continue
@@ -325,7 +325,7 @@ def architectures() -> str | None:
                     few,
                     many,
                     f"{row['price']:.2f} at {fraction}{followed}",
-                    f"{row['bias']:.0e}",
+                    "" if row["bias"] is None else f"{row['bias']:.0e}",
                     pays,
                 ]
             )
