@@ -27,6 +27,11 @@ TASKS = {
     "tiny": "a ViT of two blocks of width 32 on digits",
 }
 
+PAYS = 0.97
+"""A price below is one at which predictions pay."""
+
+TEXTS = {"reviews": "sentences of film reviews", "r8": "Reuters news"}
+
 HALF_TIME = "50% of Trainer's time"
 
 
@@ -355,11 +360,6 @@ def finetune_text() -> str | None:
     header = ["MiniLM-L6 fine-tuned on", "time, in Trainer's (95%)", "accuracy, `Trainer`", "`LGPTrainer`"]
     return table([*header, "difference (95%)"], rows)
 
-
-PAYS = 0.97
-"""A price below is one at which predictions pay."""
-
-TEXTS = {"reviews": "sentences of film reviews", "r8": "Reuters news"}
 
 TABLES: dict[str, list[Callable[[], str | None]]] = {
     "README.md": [headline, baselines, coverage],

@@ -24,19 +24,15 @@ PERIOD = 8  # between two decisions
 MEASURE_EVERY = 32  # between two measurements while gradients are predicted
 CLEAN_EVERY = 101  # between two plain exact ones while others are not, to time them; prime to what recurs otherwise
 _MEASUREMENTS, _MORE = 8, 4  # measurements before the first choice, and with twice as many rows
-_SMALL_SHARE, _HELPS = (
-    0.03,
-    0.8,
-)  # residual shares: below which more rows are not tried, or with them relative to without
+_SMALL_SHARE = 0.03  # of the residual, below which more rows are not tried
+_HELPS = 0.8  # the share with twice as many rows over that without, above which they are of no use
 _KEPT = 15  # latest times of each kind of step whose median counts
 _TRIAL = 6  # times of a kind of step before they are believed
 _SETTLING = 2  # after a change of plan, not timed: they allocate what later ones reuse
 _MARGIN = 0.95  # expected price, relative to exact steps, below which an untried fraction is tried
 _HYSTERESIS = 0.97  # price, relative to the present one, below which another fraction takes over
-_FAR_BELOW, _SPENT = (
-    1 / 3,
-    0.02,
-)  # what a first measurement may be wrong by; share of a run that is spent on finding out more
+_FAR_BELOW = 1 / 3  # what a first measurement may be wrong by
+_SPENT = 0.02  # share of a run that is spent on finding out more
 # Until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions would save
 # too little, which only the machine can change. Then measurements of a look.
 _FIRST_LOOK, _LAST_LOOK, _HOPELESS_LOOK, _LOOKS = 64, 1024, 4096, 2
@@ -68,7 +64,6 @@ class Controller:
     changed_at: int = 0  # micro-batch of the last change of fraction
     look_at: int = 0  # micro-batch from which on to look again, while nothing pays
     asked_at: int = 0  # micro-batch from which on measurements were wanted
-    budget: float = math.inf  # largest relative variance allowed
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
@@ -171,7 +166,7 @@ class Controller:
         if self._hopeless:
             return rehearsal if self.look_at and left_before_decision == 1 else exact
         # Readings may come late: only if they did not after a while, more is measured.
-        due = self._unknown and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted
+        due = self._unknown(rules) and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted
         return replace(exact, measure=groups, rows=self.rows) if due else exact
 
     @property
@@ -179,17 +174,12 @@ class Controller:
         """Measurements wanted before a choice."""
         return _LOOKS if self.look_at else _MORE if self.rows else _MEASUREMENTS
 
-    @property
-    def _unknown(self) -> bool:
+    def _unknown(self, rules: Rules) -> bool:
         """Whether too little was measured with the present number of rows, since the look began if there is one."""
         known = self.residuals[self.rows]
-        return (known.count < self._wanted and not self._unpromising) or known.at < self.look_at
-
-    @property
-    def _unpromising(self) -> bool:
-        """Whether a share far below what was measured, be it once, would allow no fraction."""
-        known = self.residuals[self.rows]
-        return known.count > 0 and relative_variance(max(FRACTIONS), _FAR_BELOW * known.share) > self.budget
+        # Be it measured once: where even a share far below would allow no fraction, that is enough.
+        hopes = not known.count or relative_variance(max(FRACTIONS), _FAR_BELOW * known.share) <= rules.budget
+        return (known.count < self._wanted and hopes) or known.at < self.look_at
 
     def _dear(self, measurements: int, exact_steps: int) -> bool:
         """Whether so many measurements would take too much of what the run has taken, or is sure to take."""
@@ -231,8 +221,6 @@ class Controller:
         """With a fraction chosen by what is known now."""
         if self.predicted_first_row != rules.first_row:
             return replace(self, predicted_first_row=rules.first_row).decided(rules, step)
-        if self.budget != rules.budget:
-            return replace(self, budget=rules.budget).decided(rules, step)
         if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
         rehearsed = self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is not None
@@ -244,7 +232,7 @@ class Controller:
             if not rehearsed or self.seen < self.look_at:
                 return self
             if not self._hopeless:
-                if self._unknown:
+                if self._unknown(rules):
                     return self
                 if self._more_rows_may_help(rules):
                     more = (*self.residuals, Residual())

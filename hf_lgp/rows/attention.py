@@ -192,19 +192,17 @@ def rows_of_bias(
     Raises:
         SpliceError: If a mask has another form.
     """
+    if not masks and not causal:
+        return None
     least = torch.finfo(like.dtype).min / 2  # half, since sums with it must not leave the range
-    total: Tensor | None = None
     wide = torch.promote_types(like.dtype, torch.float32)
-    none = torch.zeros((), dtype=wide, device=like.device)
+    total = none = torch.zeros((), dtype=wide, device=like.device)
     if causal:
         masks = (*masks, torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device).tril())
     for mask in masks:
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise SpliceError("its attention has a mask of another form than `(examples, heads, rows, rows)`")
-        added = none.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(wide)
-        total = added if total is None else total + added
-    if total is None:
-        return None
+        total = total + (none.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(wide))
     total = total.clamp_min(torch.finfo(total.dtype).min / 2)
     if weights is None:
         total = total[:, :, :1]

@@ -43,7 +43,7 @@ class Projection:
         return type(self.module) is nn.Linear and self.module.out_features == heads * d
 
     def affine(self, x: Tensor) -> Affine:
-        """Its weight and bias for rows like ``x``, with a graph to whatever parameters they are made of."""
+        """Its weight ``(H, d, D)`` and bias ``(H, 1, d)`` for rows like ``x``, with a graph to whatever parameters they are made of."""
         bias: Tensor | None = None
         if self.weight is None:
             weight, bias = _found_out(self.module, x)
