@@ -45,8 +45,8 @@ class Session:
         examples: Numbers of examples with exact and with predicted gradients.
     """
 
-    def __init__(self, settings: LGPSettings, exact_steps: int, device: torch.device, process: int = 0) -> None:
-        self.settings, self.exact_steps, self.device, self.process = settings, exact_steps, device, process
+    def __init__(self, settings: LGPSettings, steps: int, device: torch.device, process: int = 0) -> None:
+        self.settings, self.run_steps, self.device, self.process = settings, steps, device, process
         self.method: Method | None = None
         self.refused: str | None = None
         self._trained = 0
@@ -70,7 +70,7 @@ class Session:
         first_row = self.method is not None and self.method.has_first_row
         budget = s.variance_budget or float("inf")
         doublings = 0 if self.method is None or self.method.learns else s.doublings
-        return Rules(s.control_fraction, budget, self.exact_steps, first_row, doublings)
+        return Rules(s.control_fraction, budget, s.exact_steps, first_row, self.run_steps, doublings)
 
     def unchecked(self, trained: int) -> bool:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""

@@ -10,8 +10,6 @@ Kernel = Literal["linear", "rbf"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 _ROWS, _DOUBLINGS = 2, 2
-_EXACT_SHARE, _MOST_EXACT_STEPS = 10, 100
-"""A run begins with exact steps: one in so many of its optimizer steps, and at most so many."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class LGPSettings:
     Attributes:
         control_fraction: ``f``, share of every micro-batch with exact gradients; 1: plain training, 0: chosen by measured price.
         variance_budget: Largest relative variance that a fraction which is chosen may cause, above 1; 0: no limit.
-        exact_steps: Exact optimizer steps before a fraction is chosen; None: a tenth of the run, 100 at most.
+        exact_steps: Exact optimizer steps before a fraction is chosen.
         predictor: ``rows``: the row walk, an error where it is not possible; ``auto``: exact there; ``linear``: the paper's.
         groups: ``K``, means of rows that the row walk follows besides the row that is asked most; None: 2, or 4 or 8 where measurements say that it pays.
         single_rows: ``R``, rows that it follows one by one besides these: those with the largest gradients; None: the same.
@@ -37,7 +35,7 @@ class LGPSettings:
 
     control_fraction: float = 0.0
     variance_budget: float = 1.1
-    exact_steps: int | None = None
+    exact_steps: int = 0
     predictor: str = "auto"
     groups: int | None = None
     single_rows: int | None = None
@@ -58,10 +56,8 @@ class LGPSettings:
                 f"`lgp_variance_budget` must exceed 1, the variance of exact training, got {self.variance_budget}. Use "
                 "`lgp_control_fraction=1` for that, or 0 for no limit."
             )
-        if self.exact_steps is not None and self.exact_steps < 0:
-            raise ValueError(
-                f"`lgp_exact_steps` must not be negative, got {self.exact_steps}. Leave it out to have it chosen."
-            )
+        if self.exact_steps < 0:
+            raise ValueError(f"`lgp_exact_steps` must not be negative, got {self.exact_steps}. Use 0 for none.")
         for name, least in (("groups", 1), ("single_rows", 0), ("window", 2), ("rank", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`lgp_{name}` must be at least {least}, got {getattr(self, name)}.")
@@ -85,10 +81,6 @@ class LGPSettings:
     def doublings(self) -> int:
         """How often both may be doubled."""
         return _DOUBLINGS if self.groups is None and self.single_rows is None else 0
-
-    def exact_steps_of(self, steps: int) -> int:
-        """Optimizer steps that are exact before an automatic control fraction."""
-        return min(steps // _EXACT_SHARE, _MOST_EXACT_STEPS) if self.exact_steps is None else self.exact_steps
 
     @classmethod
     def from_arguments(cls, arguments: object) -> LGPSettings:

@@ -92,9 +92,7 @@ class LGPTrainer(Trainer):
         self._lgp = self._lgp_restored = None
         if settings.control_fraction >= 1.0:
             return
-        self._lgp = session = Session(
-            settings, settings.exact_steps_of(self.state.max_steps), self.args.device, self.args.process_index
-        )
+        self._lgp = session = Session(settings, self.state.max_steps, self.args.device, self.args.process_index)
         if restored is not None:
             try:
                 session.load_state_dict(*restored)

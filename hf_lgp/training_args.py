@@ -33,10 +33,8 @@ class LGPTrainingArguments(TrainingArguments):
         1.1,
         "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. 0: no limit.",
     )
-    lgp_exact_steps: int | None = _setting(
-        None,
-        "Optimizer steps at the start that are exact before the automatic choice begins: gradients are largest there, and Adam remembers "
-        "their noise. Default: a tenth of the run, 100 at most.",
+    lgp_exact_steps: int = _setting(
+        0, "Optimizer steps at the start that are exact whatever measurements say, before the automatic choice begins."
     )
     lgp_predictor: str = _setting(
         "auto",

@@ -46,7 +46,7 @@ class Noted:
 
 
 def session_of(**settings: Any) -> tuple[Session, Noted]:
-    session, method = Session(LGPSettings(**settings), exact_steps=4, device=CPU), Noted()
+    session, method = Session(LGPSettings(**{"exact_steps": 4, **settings}), steps=400, device=CPU), Noted()
     assert session.use(method, None) is None
     return session, method
 
@@ -76,7 +76,7 @@ def test_micro_batches_of_one_step_draw_by_themselves_and_always_the_same() -> N
     assert seeds[0][0] == seeds[1][0]
     session = session_of(control_fraction=0.5)[0]
     assert session.plan(7, 8, 2).seed != session.plan(7, 8, 2).seed
-    other = Session(LGPSettings(control_fraction=0.5), 4, CPU, process=1)
+    other = Session(LGPSettings(control_fraction=0.5), 400, CPU, process=1)
     other.use(Noted(), None)
     assert other.plan(7, 8, 2).seed not in seeds[0]
 
@@ -96,7 +96,7 @@ def test_a_plain_step_is_not_spliced() -> None:
 
 
 def test_without_a_method_every_step_is_plain_and_the_fraction_is_all_that_is_logged() -> None:
-    session = Session(LGPSettings(), 4, CPU)
+    session = Session(LGPSettings(), 400, CPU)
     assert session.use(None, "it has no blocks") == "it has no blocks"
     assert run(session, 0, 20) == [StepPlan()] * 20
     assert session.figures() == {"fraction": 1.0} and session.steps["exact"] == 20
@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> Non
     first, _ = session_of(control_fraction=0.25)
     plans = run(first, 0, stop)
     tensors, numbers = first.state_dict()
-    second, method = Session(LGPSettings(control_fraction=0.25), 4, CPU), Noted()
+    second, method = Session(LGPSettings(control_fraction=0.25), 400, CPU), Noted()
     second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
     second.use(method, None)
     assert plans + run(second, stop, 100) == expected and "window" in method.loaded
@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> Non
 
 def test_the_state_of_another_version_is_refused() -> None:
     with pytest.raises(KeyError):
-        Session(LGPSettings(), 4, CPU).load_state_dict({}, {"seen": 3, "lookout": {}})
+        Session(LGPSettings(), 400, CPU).load_state_dict({}, {"seen": 3, "lookout": {}})
 
 
 def test_a_state_that_lacks_something_leaves_nothing_of_itself() -> None:

@@ -91,12 +91,6 @@ def test_every_setting_can_be_read_from_arguments() -> None:
     assert not any(value == defaults[name] for name, value in values.items()), "a default proves nothing"
 
 
-def test_a_tenth_of_a_short_run_begins_exactly() -> None:
-    assert [LGPSettings().exact_steps_of(steps) for steps in (5, 60, 375, 1000, 100_000)] == [0, 6, 37, 100, 100]
-    assert LGPSettings(exact_steps=0).exact_steps_of(1000) == 0
-    assert LGPSettings(exact_steps=300).exact_steps_of(200) == 300
-
-
 @pytest.mark.parametrize(
     ("values", "demanded"),
     [

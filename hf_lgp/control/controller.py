@@ -1,8 +1,8 @@
 """When to predict, and with which control fraction: functions on one immutable record of what was measured.
 
-An automatic run goes through three stages. *Exact*: its first steps, in which plain steps are timed against those whose last block is run on the first row
-only, and the residual's share of the variance is measured. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
-micro-batches, so that its time is known. *Predicting*: it is followed as long as its measured price is the best; now and then a
+An automatic run goes through three stages. *Exact*: its first eight micro-batches, or more, in which plain steps are timed against those whose last block is run on the first
+row only, and the residual's share of the variance is measured, once if that promises much. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
+micro-batches, so that its time is known; the share is measured more often. *Predicting*: it is followed as long as its measured price is the best; now and then a
 micro-batch measures the share, and a plain one is timed. Before it is given up, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
 Where the share is too large for small fractions, it is measured with twice as many rows followed, and twice as many again.
 """
@@ -23,7 +23,8 @@ from .residual import Residual
 PERIOD = 8  # between two decisions
 MEASURE_EVERY = 32  # between two measurements while gradients are predicted
 CLEAN_EVERY = 101  # between two plain exact ones while others are not, to time them; prime to what recurs otherwise
-_MEASUREMENTS, _MORE = 8, 4  # measurements before the first choice, and with twice as many rows
+_MEASUREMENTS, _MORE = 8, 4  # measurements before a choice that one does not make clear, and with twice as many rows
+_OFTEN = 4  # between two measurements while gradients are predicted and so many are not yet made
 _SMALL_SHARE = 0.03  # of the residual, below which more rows are not tried
 _HELPS = 0.8  # the share with twice as many rows over that without, above which they are of no use
 _KEPT = 15  # latest times of each kind of step whose median counts
@@ -31,7 +32,7 @@ _TRIAL = 6  # times of a kind of step before they are believed
 _SETTLING = 2  # after a change of plan, not timed: they allocate what later ones reuse
 _MARGIN = 0.95  # expected price, relative to exact steps, below which an untried fraction is tried
 _HYSTERESIS = 0.97  # price, relative to the present one, below which another fraction takes over
-_FAR_BELOW = 1 / 3  # what a first measurement may be wrong by
+_WRONG = 3.0  # the factor by which a first measurement may be wrong
 _SPENT = 0.02  # share of a run that is spent on finding out more
 # Until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions would save
 # too little, which only the machine can change. Then measurements of a look.
@@ -49,6 +50,7 @@ class Rules:
     budget: float  # largest relative variance that a choice may cause
     exact_steps: int  # optimizer steps at the start that are exact when the fraction is chosen
     first_row: bool  # whether some stack's last block can be run on the first row only
+    steps: int = 0  # optimizer steps of the whole run
     doublings: int = 0  # how often the number of rows that are followed may be doubled
 
 
@@ -145,24 +147,25 @@ class Controller:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
         if self.comparing and self.seen % 2:
             return self.exact_plan
-        # The first micro-batches with a new fraction are for timing it.
-        due = self.seen - self.changed_at >= PERIOD and self.seen % MEASURE_EVERY == 0
+        few = self.measurements < _MEASUREMENTS and not self._dear(_MEASUREMENTS, rules.steps)
+        due = self.seen - self.changed_at >= _SETTLING and self.seen % (_OFTEN if few else MEASURE_EVERY) == 0
         return StepPlan(fraction, groups * due, rules.first_row, rows=self.rows)
 
     def _exact_step(self, rules: Rules, left: int, groups: int) -> StepPlan:
         """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
-        if rules.first_row and self.seen < 2 * PERIOD:  # in turns, to compare their times
-            return StepPlan(first_row=self.seen % 2 == 1)
         exact = self.exact_plan
-        if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < max(PERIOD, self.look_at):
-            return exact
-        rehearsal, left_before_decision = replace(_REHEARSAL, first_row=self.first_row), PERIOD - self.seen % PERIOD
-        if (
-            self.seconds(rehearsal) is None
-        ):  # and a first measurement, to see what that costs and whether it promises something
-            return (
-                rehearsal if left_before_decision == 2 else replace(exact, measure=groups * (left_before_decision == 1))
-            )
+        comparing = rules.first_row and self.seen < 2 * PERIOD  # in turns, to compare their times
+        ordinary = StepPlan(first_row=self.seen % 2 == 1) if comparing else exact
+        if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < self.look_at:
+            return ordinary
+        rehearsal, left_before_decision = self._rehearsal(rules), PERIOD - self.seen % PERIOD
+        if self.seconds(rehearsal) is None:
+            if left_before_decision == 2:
+                return rehearsal
+            # And a first measurement, to see what that costs and whether it promises something.
+            return replace(rehearsal, measure=groups) if left_before_decision == 1 else ordinary
+        if comparing:
+            return ordinary
         if self._hopeless:
             return rehearsal if self.look_at and left_before_decision == 1 else exact
         # Readings may come late: only if they did not after a while, more is measured.
@@ -177,15 +180,26 @@ class Controller:
     def _unknown(self, rules: Rules) -> bool:
         """Whether too little was measured with the present number of rows, since the look began if there is one."""
         known = self.residuals[self.rows]
-        # Be it measured once: where even a share far below would allow no fraction, that is enough.
-        hopes = not known.count or relative_variance(max(FRACTIONS), _FAR_BELOW * known.share) <= rules.budget
-        return (known.count < self._wanted and hopes) or known.at < self.look_at
+        if known.at < self.look_at or not known.count:
+            return True
+        # One is enough where even a share far below would allow no fraction, or one far above would let predictions pay.
+        hopes = relative_variance(max(FRACTIONS), known.share / _WRONG) <= rules.budget
+        return known.count < self._wanted and hopes and not self._promises(rules, _WRONG * known.share)
 
-    def _dear(self, measurements: int, exact_steps: int) -> bool:
-        """Whether so many measurements would take too much of what the run has taken, or is sure to take."""
+    def _promises(self, rules: Rules, share: float) -> bool:
+        """Whether predictions would pay with such a share."""
+        allowed = (f for f in FRACTIONS if relative_variance(f, share) <= rules.budget)
+        return any(price(f, share, self.cost(f)) < _MARGIN for f in allowed)
+
+    def _rehearsal(self, rules: Rules) -> StepPlan:
+        """The rehearsal in the kind of exact step that is followed; at first, in that which is likely to be."""
+        return replace(_REHEARSAL, first_row=self.first_row if self.times else rules.first_row)
+
+    def _dear(self, measurements: int, steps: int) -> bool:
+        """Whether so many measurements would take too much of what the run has taken, or of its steps in all."""
         exact, own = self.seconds(self.exact_plan), self.seconds(replace(self.exact_plan, measure=GROUPS))
         more = 0.0 if exact is None or own is None else max(0.0, own / exact - 1.0)
-        return measurements * more > _SPENT * max(self.seen, 10 * exact_steps)
+        return measurements * more > _SPENT * max(self.seen, steps)
 
     @property
     def _hopeless(self) -> bool:
@@ -231,6 +245,8 @@ class Controller:
         if self.fraction >= 1.0:
             if not rehearsed or self.seen < self.look_at:
                 return self
+            if self.seen < 2 * PERIOD and not self._promises(rules, _WRONG * self.residual_share):
+                return self  # nothing is given up for what few times say
             if not self._hopeless:
                 if self._unknown(rules):
                     return self
@@ -270,7 +286,7 @@ class Controller:
         shares = [known.share for known in self.residuals]
         if self.rows >= rules.doublings or self.rows + 1 < len(shares) or shares[-1] < _SMALL_SHARE:
             return False
-        return (len(shares) == 1 or shares[-1] < _HELPS * shares[-2]) and not self._dear(_MORE, rules.exact_steps)
+        return (len(shares) == 1 or shares[-1] < _HELPS * shares[-2]) and not self._dear(_MORE, rules.steps)
 
     @property
     def _compared(self) -> tuple[StepPlan, ...]:

@@ -39,7 +39,7 @@ def simulate(
     late: int = 0,
 ) -> tuple[Controller, list[StepPlan], float]:
     """A run: the controller at its end, the plans it made, and its time in plain steps; readings come so many periods late, as on a GPU."""
-    draw, controller = random.Random(0), Controller()
+    draw, controller, rules = random.Random(0), Controller(), replace(rules, steps=steps)
     plans: list[StepPlan] = []
     pending: list[list[tuple[StepPlan, int, float]]] = [[] for _ in range(late + 1)]
     spent = 0.0
@@ -68,6 +68,21 @@ def test_it_predicts_where_that_pays_and_spends_little_on_finding_out() -> None:
     assert time < 0.02 + compute_bound(StepPlan(0.25)) + 0.03 * 0.5
     assert not any(plan.fraction < 1.0 for plan in plans[: RULES.exact_steps])
     assert controller.saved == pytest.approx(1000 * (1 - time), rel=0.15)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_good_predictions_begin_as_soon_as_readings_arrive(late: int) -> None:
+    rules = replace(RULES, exact_steps=0, first_row=True)
+    _, plans, time = simulate(200, compute_bound, lambda at: 0.015, rules, late=late)
+    assert [plan.fraction < 1.0 for plan in plans[: 9 + 8 * late]].index(True) == 8 + 8 * late
+    assert 8 <= sum(plan.measure > 0 for plan in plans) <= 15 + 2 * late, "they are measured often at first"
+    assert time < compute_bound(StepPlan(0.25, first_row=True)) + (8 * (1 + late) * 0.6 + 15 * 0.3) / 200
+
+
+def test_what_one_measurement_leaves_open_is_measured_more() -> None:
+    rules = replace(RULES, exact_steps=0)
+    plans = simulate(200, compute_bound, lambda at: 0.05, rules, 0.02)[1]
+    assert sum(p.measure > 2 for p in plans[: [p.fraction < 1.0 for p in plans].index(True)]) == 9
 
 
 def test_a_machine_that_slows_down_is_no_reason_to_give_up() -> None:
@@ -138,7 +153,7 @@ def test_where_nothing_helps_looks_are_cheap_with_more_rows_too() -> None:
 @pytest.mark.parametrize("steps", [60, 126, 500, 3000])
 def test_a_run_whose_measurements_are_dear_and_bad_makes_few(steps: int) -> None:
     """A large model and few tokens: gradients by group cost more than the steps."""
-    rules = replace(RULES, exact_steps=min(100, steps // 10), first_row=True, doublings=2)
+    rules = replace(RULES, exact_steps=0, first_row=True, doublings=2)
     _, plans, time = simulate(steps, lambda p: compute_bound(p) + 3.5 * (p.measure > 2), lambda at: 0.45, rules, 0.05)
     assert not any(plan.fraction < 1.0 for plan in plans)
     assert time < 0.85 + (3.5 + 8 * 0.15) / steps + 0.04

@@ -86,7 +86,7 @@ def test_a_step_with_a_scaled_loss_only_launches(cuda: Any) -> None:
 @pytest.mark.parametrize("fraction", [0.25, 0.0])
 def test_a_run_decides_without_waiting(cuda: Any, fraction: float) -> None:
     model, method, batch = on_device(cuda)
-    session = Session(LGPSettings(control_fraction=fraction), exact_steps=16, device=cuda.CUDA)
+    session = Session(LGPSettings(control_fraction=fraction, exact_steps=16), steps=400, device=cuda.CUDA)
     session.use(method, None)
     seen = set()
     for number in range(140):
