@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .compatibility import refuse_incompatible
-from .control.controller import PERIOD, key_of
-from .control.plan import GROUPS, StepPlan
+from .control.controller import PERIOD
+from .control.plan import StepPlan
 from .control.residual import Residual
 from .estimator import FRACTIONS, best_fraction, control_size, relative_variance
 from .session import Session
@@ -147,8 +147,8 @@ class _Probing(LGPTrainer):
         assert session is not None
         if session.refused is not None:
             return ProbeReport(refused=session.refused)
-        controller, budget = session.controller, session.rules.budget
-        plain, exact = controller.seconds(StepPlan()), controller.seconds(controller.exact_plan)
+        controller, budget, times_of = session.controller, session.rules.budget, session.controller.times
+        plain, exact = times_of.seconds(StepPlan()), times_of.seconds(times_of.exact_plan)
         if plain is None or exact is None or not all(known.count for known in controller.residuals):
             raise ValueError("The probe could not predict anything: use a larger `per_device_train_batch_size`.")
         possible = [f for f in FRACTIONS if control_size(controller.size, f) >= 2]
@@ -156,7 +156,7 @@ class _Probing(LGPTrainer):
         found: list[ProbeReport] = []
         for rows, known in enumerate(controller.residuals):
             times = {1.0: exact / plain, **{f: controller.cost(f, rows) * exact / plain for f in possible}}
-            report = ProbeReport(1.0, known.share, times, plain * self.unit, controller.first_row, budget, rows=rows)
+            report = ProbeReport(1.0, known.share, times, plain * self.unit, times_of.first_row, budget, rows=rows)
             found.append(replace(report, fraction=report.best(budget), loader_seconds=wait))
         return min(found, key=lambda report: report.prices[report.fraction])  # of equals, that of fewest rows
 
@@ -169,12 +169,12 @@ def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples:
     if controller.seen < 2 * PERIOD or not method.ready:
         return StepPlan(first_row=method.has_first_row and controller.seen % 2 == 1)
     trial = StepPlan(0.25 if control_size(controller.size, 0.25) >= 2 else 0.5, first_row=session.rules.first_row)
-    if len(controller.times.get(key_of(trial), ())) < _TIMES:
+    if controller.times.count(trial) < _TIMES:
         return replace(trial, seed=controller.seen)
     if len(controller.residuals) <= session.rules.doublings:
         session.controller = replace(controller, residuals=(Residual(),) * (1 + session.rules.doublings))
     rows = next((k for k, known in enumerate(session.controller.residuals) if not known.count), 0)
-    return StepPlan(measure=GROUPS, first_row=controller.first_row, rows=rows)
+    return controller.times.measuring(rows)
 
 
 def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:

@@ -193,8 +193,8 @@ class Session:
             if controller.measurements:
                 figures["variance_explained"] = 1.0 - controller.residual_share
                 figures["variance"] = controller.variance(fraction)
-            plain = controller.seconds(StepPlan())
-            own = controller.seconds(StepPlan(fraction, first_row=self.rules.first_row, rows=controller.rows))
+            plain = controller.times.seconds(StepPlan())
+            own = controller.times.seconds(StepPlan(fraction, first_row=self.rules.first_row, rows=controller.rows))
             if plain and own:
                 figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
         return {name: round(value, 6) for name, value in figures.items()}
@@ -209,7 +209,7 @@ class Session:
     @property
     def saved(self) -> float | None:
         """Estimated seconds that this run has saved since it began or went on; None where nothing tells."""
-        return None if self.controller.seconds(StepPlan()) is None else self.controller.saved - self._saved_before
+        return None if self.controller.times.seconds(StepPlan()) is None else self.controller.saved - self._saved_before
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""

@@ -15,6 +15,7 @@ GROUND = {
     "estimator.py", "splice.py", "sealed.py", "settings.py", "state_files.py", "_version.py",
     "rows/attention.py", "rows/groups.py", "control/plan.py", "control/measurement.py", "control/controller.py",
     "control/residual.py",
+    "control/step_times.py",
     "control/clock.py", "control/exchange.py", "linear/kernel_ridge.py",
 }  # fmt: skip
 TOP = {

@@ -10,7 +10,6 @@ Where the share is too large for small fractions, it is measured with twice as m
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from ..estimator import FRACTIONS, control_size, price, relative_variance
 from .plan import GROUPS, StepPlan
 from .residual import Residual
+from .step_times import REHEARSAL, StepTimes
 
 # In micro-batches, where nothing else is said.
 PERIOD = 8  # between two decisions
@@ -27,7 +27,6 @@ _MEASUREMENTS, _MORE = 8, 4  # measurements before a choice that one does not ma
 _OFTEN = 4  # between two measurements while gradients are predicted and so many are not yet made
 _SMALL_SHARE = 0.03  # of the residual, below which more rows are not tried
 _HELPS = 0.8  # the share with twice as many rows over that without, above which they are of no use
-_KEPT = 15  # latest times of each kind of step whose median counts
 _TRIAL = 6  # times of a kind of step before they are believed
 _SETTLING = 2  # after a change of plan, not timed: they allocate what later ones reuse
 _MARGIN = 0.95  # expected price, relative to exact steps, below which an untried fraction is tried
@@ -37,9 +36,6 @@ _SPENT = 0.02  # share of a run that is spent on finding out more
 # Until the first look after nothing paid, and at most, each look that finds nothing doubling them; and where even perfect predictions would save
 # too little, which only the machine can change. Then measurements of a look.
 _FIRST_LOOK, _LAST_LOOK, _HOPELESS_LOOK, _LOOKS = 64, 1024, 4096, 2
-
-_REHEARSAL = StepPlan(measure=2)
-"""An exact step that tells by its time whether operations or their number are dear, before anything dearer is tried."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Controller:
 
     seen: int = 0  # micro-batches so far
     fraction: float = 1.0  # the fraction followed; 1 for exact steps
-    times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # latest, per unit of work, by kind of step
+    times: StepTimes = field(default_factory=StepTimes)
     rows: int = 0  # how often the number of rows that are followed is doubled
     residuals: tuple[Residual, ...] = (Residual(),)  # what was measured with each number of rows
     changed_at: int = 0  # micro-batch of the last change of fraction
@@ -69,9 +65,7 @@ class Controller:
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far
-    first_row: bool = False  # whether exact steps are faster with the last block on one row; compiled ones may not be
     comparing: bool = False  # whether exact steps are timed anew beside predicted ones, before these are given up
-    predicted_first_row: bool = False  # whether predicted steps run it so, wherever that is possible
 
     @property
     def residual_share(self) -> float:
@@ -83,45 +77,9 @@ class Controller:
         """How often that was measured."""
         return self.residuals[self.rows].count
 
-    def seconds(self, plan: StepPlan) -> float | None:
-        """Median time per unit of work of a kind of step; None if it was not timed."""
-        times = self.times.get(key_of(plan), ())
-        return statistics.median(times) if times else None
-
-    @property
-    def exact_plan(self) -> StepPlan:
-        """The cheaper of the two kinds of exact steps."""
-        return StepPlan(first_row=self.first_row)
-
     def cost(self, fraction: float, rows: int | None = None) -> float:
-        """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
-
-        The rehearsal has what does not depend on the number of examples twice, for control examples and walk. What more rows cost is seen in the measurements.
-        """
-        rows, exact = self.rows if rows is None else rows, self.seconds(self.exact_plan)
-        if exact is None:
-            return 1.0
-        if (own := self.seconds(self._with(fraction, rows))) is not None:
-            return own / exact
-        tried = [
-            (other != rows, abs(math.log(f / fraction)), f, other, t)
-            for other in range(len(self.residuals))
-            for f in FRACTIONS
-            if (t := self.seconds(self._with(f, other))) is not None
-        ]
-        if tried:  # linear in the fraction, exact steps being the other end
-            _, _, near, other, time = min(tried)
-            kappa = (time / exact - near) / (1.0 - near) + self._walk(rows) - self._walk(other)
-            return fraction + (1.0 - fraction) * kappa
-        trial = self.seconds(replace(_REHEARSAL, first_row=self.first_row))
-        fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial / exact - 1.3) / 3.4))
-        return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * 0.40) + self._walk(rows)
-
-    def _walk(self, rows: int) -> float:
-        """What more rows cost, in exact steps."""
-        times = [self.seconds(replace(self.exact_plan, measure=GROUPS, rows=each)) for each in (0, rows)]
-        exact = self.seconds(self.exact_plan)
-        return 0.0 if exact is None or times[0] is None or times[1] is None else max(0.0, times[1] - times[0]) / exact
+        """Time of a step with predictions over that of the cheaper exact step."""
+        return self.times.cost(fraction, self.rows if rows is None else rows, len(self.residuals) - 1)
 
     def price(self, fraction: float, rows: int | None = None) -> float:
         """Price of a fraction relative to the cheaper exact step."""
@@ -146,20 +104,22 @@ class Controller:
         if step < rules.exact_steps or self.fraction >= 1.0:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
         if self.comparing and self.seen % 2:
-            return self.exact_plan
+            return self.times.exact_plan
         few = self.measurements < _MEASUREMENTS and not self._dear(_MEASUREMENTS, rules.steps)
         due = self.seen - self.changed_at >= _SETTLING and self.seen % (_OFTEN if few else MEASURE_EVERY) == 0
         return StepPlan(fraction, groups * due, rules.first_row, rows=self.rows)
 
     def _exact_step(self, rules: Rules, left: int, groups: int) -> StepPlan:
         """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
-        exact = self.exact_plan
+        exact = self.times.exact_plan
         comparing = rules.first_row and self.seen < 2 * PERIOD  # in turns, to compare their times
         ordinary = StepPlan(first_row=self.seen % 2 == 1) if comparing else exact
         if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < self.look_at:
             return ordinary
-        rehearsal, left_before_decision = self._rehearsal(rules), PERIOD - self.seen % PERIOD
-        if self.seconds(rehearsal) is None:
+        # Before anything is known, in the kind of step that is likely to be followed.
+        rehearsal = self.times.rehearsal if self.times.latest else replace(REHEARSAL, first_row=rules.first_row)
+        left_before_decision = PERIOD - self.seen % PERIOD
+        if not self.times.count(rehearsal):
             if left_before_decision == 2:
                 return rehearsal
             # And a first measurement, to see what that costs and whether it promises something.
@@ -191,13 +151,9 @@ class Controller:
         allowed = (f for f in FRACTIONS if relative_variance(f, share) <= rules.budget)
         return any(price(f, share, self.cost(f)) < _MARGIN for f in allowed)
 
-    def _rehearsal(self, rules: Rules) -> StepPlan:
-        """The rehearsal in the kind of exact step that is followed; at first, in that which is likely to be."""
-        return replace(_REHEARSAL, first_row=self.first_row if self.times else rules.first_row)
-
     def _dear(self, measurements: int, steps: int) -> bool:
         """Whether so many measurements would take too much of what the run has taken, or of its steps in all."""
-        exact, own = self.seconds(self.exact_plan), self.seconds(replace(self.exact_plan, measure=GROUPS))
+        exact, own = map(self.times.seconds, (self.times.exact_plan, self.times.measuring()))
         more = 0.0 if exact is None or own is None else max(0.0, own / exact - 1.0)
         return measurements * more > _SPENT * max(self.seen, steps)
 
@@ -214,10 +170,7 @@ class Controller:
         """With the time per unit of work that micro-batch number ``at`` took; those that tell little are left out."""
         if not math.isfinite(unit) or (plan.fraction < 1.0 and at - self.changed_at < _SETTLING) or at == 0:
             return self
-        key = key_of(plan)
-        later = replace(self, times={**self.times, key: (*self.times.get(key, ()), unit)[-_KEPT:]})
-        plain, first = later.seconds(StepPlan()), later.seconds(StepPlan(first_row=True))
-        return replace(later, first_row=first is not None and plain is not None and first < plain)
+        return replace(self, times=self.times.timed(plan, unit))
 
     def measured(
         self, residual: Sequence[float], total: Sequence[float], groups: int, at: int, rows: int = 0
@@ -233,14 +186,15 @@ class Controller:
 
     def decided(self, rules: Rules, step: int) -> Controller:
         """With a fraction chosen by what is known now."""
-        if self.predicted_first_row != rules.first_row:
-            return replace(self, predicted_first_row=rules.first_row).decided(rules, step)
+        if self.times.predicted_first_row != rules.first_row:
+            times = replace(self.times, predicted_first_row=rules.first_row)
+            return replace(self, times=times).decided(rules, step)
         if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
-        rehearsed = self.seconds(replace(_REHEARSAL, first_row=self.first_row)) is not None
-        if rehearsed and not self.asked_at:
+        rehearsed = self.times.count(self.times.rehearsal) > 0
+        if rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
             return replace(self, asked_at=self.seen).decided(rules, step)
-        if rules.fraction or step < rules.exact_steps or self.seconds(StepPlan()) is None:
+        if rules.fraction or step < rules.exact_steps or not self.times.count(StepPlan()):
             return self
         if self.fraction >= 1.0:
             if not rehearsed or self.seen < self.look_at:
@@ -253,12 +207,13 @@ class Controller:
                 if self._more_rows_may_help(rules):
                     more = (*self.residuals, Residual())
                     return replace(self, rows=self.rows + 1, residuals=more, asked_at=self.seen)
-        elif any(len(self.times.get(key_of(plan), ())) < _TRIAL for plan in self._compared):
+        elif any(self.times.count(plan) < _TRIAL for plan in self._compared):
             return self
         fresh = (rows for rows, known in enumerate(self.residuals) if known.at >= self.look_at)
         every = tuple(fresh) if self.fraction >= 1.0 else (self.rows,)
         prices = {
-            (f, rows): self.price(f, rows) * (1.0 if self.seconds(self._with(f, rows)) else 1.0 / _MARGIN)
+            (f, rows): self.price(f, rows)
+            * (1.0 if self.times.count(self.times.predicted_plan(f, rows)) else 1.0 / _MARGIN)
             for rows in every
             for f in FRACTIONS
             if self.variance(f, rows) <= rules.budget and control_size(self.size, f) >= 2
@@ -272,9 +227,8 @@ class Controller:
             best, rows = self.fraction, self.rows
         if best >= 1.0 and self.fraction in allowed and not self.comparing:
             # The machine may have slowed down since exact steps were timed.
-            anew = {key_of(plan) for plan in (self.exact_plan, self._with(self.fraction))}
-            times = {key: value[-1:] if key in anew else value for key, value in self.times.items()}
-            return replace(self, comparing=True, times=times)
+            present_plan = self.times.predicted_plan(self.fraction, self.rows)
+            return replace(self, comparing=True, times=self.times.last_only(self.times.exact_plan, present_plan))
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
@@ -291,11 +245,8 @@ class Controller:
     @property
     def _compared(self) -> tuple[StepPlan, ...]:
         """What has to be timed before the present fraction is judged."""
-        own = self._with(self.fraction)
-        return (own, self.exact_plan) if self.comparing else (own,)
-
-    def _with(self, fraction: float, rows: int | None = None) -> StepPlan:
-        return StepPlan(fraction, first_row=self.predicted_first_row, rows=self.rows if rows is None else rows)
+        own = self.times.predicted_plan(self.fraction, self.rows)
+        return (own, self.times.exact_plan) if self.comparing else (own,)
 
     def _waiting(self, given_up: bool) -> Controller:
         """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
@@ -306,7 +257,7 @@ class Controller:
         look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
         times = self.times
         if not given_up and self.look_after >= 8 * _FIRST_LOOK:
-            times = {key: value for key, value in times.items() if not key.startswith("0")}
+            times = times.of_exact_steps()
         changed_at = self.seen if given_up else self.changed_at
         return replace(
             self,
@@ -321,7 +272,7 @@ class Controller:
 
     def accounted(self, plan: StepPlan, unit: float, size: float) -> Controller:
         """With what a micro-batch saved against a plain one."""
-        plain = self.seconds(StepPlan())
+        plain = self.times.seconds(StepPlan())
         if plain is None or plan == StepPlan() or not math.isfinite(unit):
             return self
         return replace(self, saved=self.saved + (plain - unit) * size)
@@ -337,12 +288,6 @@ class Controller:
         Raises:
             TypeError: If the state is another version's.
         """
-        times = {key: tuple(values) for key, values in state["times"].items()}
+        times = StepTimes.from_state_dict(state["times"])
         residuals = tuple(map(Residual.from_state_dict, state["residuals"]))
         return cls(**{**state, "times": times, "residuals": residuals})
-
-
-def key_of(plan: StepPlan) -> str:
-    """A kind of step, as a name."""
-    name = f"{plan.fraction:g}{' first row' * plan.first_row}"
-    return f"{name}{f' {plan.measure} groups' * (plan.measure > 0)}{f' {plan.rows} doublings' * (plan.rows > 0)}"

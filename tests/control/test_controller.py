@@ -79,10 +79,12 @@ def test_good_predictions_begin_as_soon_as_readings_arrive(late: int) -> None:
     assert time < compute_bound(StepPlan(0.25, first_row=True)) + (8 * (1 + late) * 0.6 + 15 * 0.3) / 200
 
 
-def test_what_one_measurement_leaves_open_is_measured_more() -> None:
-    rules = replace(RULES, exact_steps=0)
+@pytest.mark.parametrize("first_row", [False, True])
+def test_what_one_measurement_leaves_open_is_measured_more(first_row: bool) -> None:
+    rules = replace(RULES, exact_steps=0, first_row=first_row)
     plans = simulate(200, compute_bound, lambda at: 0.05, rules, 0.02)[1]
-    assert sum(p.measure > 2 for p in plans[: [p.fraction < 1.0 for p in plans].index(True)]) == 9
+    assert [p.fraction < 1.0 for p in plans].index(True) == 24
+    assert sum(p.measure > 2 for p in plans[:24]) == 9
 
 
 def test_a_machine_that_slows_down_is_no_reason_to_give_up() -> None:

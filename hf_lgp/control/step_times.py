@@ -1,0 +1,120 @@
+"""What kinds of steps cost: the latest times of each, and an estimate where one was not timed yet."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..estimator import FRACTIONS
+from .plan import GROUPS, StepPlan
+
+_KEPT = 15  # latest times of each kind of step whose median counts
+_KAPPA = 0.40  # of a prediction, in exact examples, before any was timed: that of large models
+
+REHEARSAL = StepPlan(measure=2)
+"""An exact step that tells by its time whether operations or their number are dear, before anything dearer is tried."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times per unit of work."""
+
+    latest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by kind of step
+    predicted_first_row: bool = (
+        False  # whether predicted steps run the last block on one row, wherever that is possible
+    )
+
+    def count(self, plan: StepPlan) -> int:
+        """How many times of a kind of step are known."""
+        return len(self.latest.get(_kind(plan), ()))
+
+    def seconds(self, plan: StepPlan) -> float | None:
+        """Median time of a kind of step; None if it was not timed."""
+        times = self.latest.get(_kind(plan), ())
+        return statistics.median(times) if times else None
+
+    @property
+    def first_row(self) -> bool:
+        """Whether exact steps are faster with the last block on one row; compiled ones may not be."""
+        plain, first = self.seconds(StepPlan()), self.seconds(StepPlan(first_row=True))
+        return first is not None and plain is not None and first < plain
+
+    @property
+    def exact_plan(self) -> StepPlan:
+        """The cheaper of the two kinds of exact steps."""
+        return StepPlan(first_row=self.first_row)
+
+    @property
+    def rehearsal(self) -> StepPlan:
+        """The rehearsal in the kind of exact step that is followed."""
+        return replace(REHEARSAL, first_row=self.first_row)
+
+    def predicted_plan(self, fraction: float, rows: int) -> StepPlan:
+        """The kind of step with predictions."""
+        return StepPlan(fraction, first_row=self.predicted_first_row, rows=rows)
+
+    def cost(self, fraction: float, rows: int, doublings: int) -> float:
+        """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
+
+        The rehearsal has what does not depend on the number of examples twice, for control examples and walk. What more rows cost is seen in the measurements.
+
+        Args:
+            fraction: The control fraction.
+            rows: How often the number of rows that are followed is doubled.
+            doublings: How often it was at most.
+        """
+        exact = self.seconds(self.exact_plan)
+        if exact is None:
+            return 1.0
+        if (own := self.seconds(self.predicted_plan(fraction, rows))) is not None:
+            return own / exact
+        tried = [
+            (other != rows, abs(math.log(f / fraction)), f, other, t)
+            for other in range(doublings + 1)
+            for f in FRACTIONS
+            if (t := self.seconds(self.predicted_plan(f, other))) is not None
+        ]
+        if tried:  # linear in the fraction, exact steps being the other end
+            _, _, near, other, time = min(tried)
+            kappa = (time / exact - near) / (1.0 - near) + self._walk(rows) - self._walk(other)
+            return fraction + (1.0 - fraction) * kappa
+        trial = self.seconds(self.rehearsal)
+        fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial / exact - 1.3) / 3.4))
+        return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * _KAPPA) + self._walk(rows)
+
+    def _walk(self, rows: int) -> float:
+        """What more rows cost, in exact steps."""
+        exact, few, many = map(self.seconds, (self.exact_plan, *(self.measuring(each) for each in (0, rows))))
+        return 0.0 if exact is None or few is None or many is None else max(0.0, many - few) / exact
+
+    def measuring(self, rows: int = 0) -> StepPlan:
+        """An exact step that measures."""
+        return replace(self.exact_plan, measure=GROUPS, rows=rows)
+
+    def timed(self, plan: StepPlan, unit: float) -> StepTimes:
+        """With one more time."""
+        kind = _kind(plan)
+        return replace(self, latest={**self.latest, kind: (*self.latest.get(kind, ()), unit)[-_KEPT:]})
+
+    def last_only(self, *plans: StepPlan) -> StepTimes:
+        """Without all but the last time of some kinds of steps."""
+        kinds = {_kind(plan) for plan in plans}
+        return replace(self, latest={k: times[-1:] if k in kinds else times for k, times in self.latest.items()})
+
+    def of_exact_steps(self) -> StepTimes:
+        """Without those of steps with predictions."""
+        return replace(self, latest={k: times for k, times in self.latest.items() if not k.startswith("0")})
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> StepTimes:
+        """The record whose fields these are."""
+        return cls(**{**state, "latest": {kind: tuple(times) for kind, times in state["latest"].items()}})
+
+
+def _kind(plan: StepPlan) -> str:
+    """A kind of step, as a name."""
+    name = f"{plan.fraction:g}{' first row' * plan.first_row}"
+    return f"{name}{f' {plan.measure} groups' * (plan.measure > 0)}{f' {plan.rows} doublings' * (plan.rows > 0)}"
