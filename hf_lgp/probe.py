@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from .compatibility import refuse_incompatible
 from .control.controller import PERIOD
-from .control.plan import StepPlan
+from .control.plan import GROUPS, StepPlan
 from .control.residual import Residual
 from .estimator import FRACTIONS, best_fraction, control_size, relative_variance
 from .session import Session
@@ -174,7 +174,7 @@ def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples:
     if len(controller.residuals) <= session.rules.doublings:
         session.controller = replace(controller, residuals=(Residual(),) * (1 + session.rules.doublings))
     rows = next((k for k, known in enumerate(session.controller.residuals) if not known.count), 0)
-    return controller.times.measuring(rows)
+    return replace(controller.times.exact_plan, measure=GROUPS, rows=rows)
 
 
 def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -217,7 +217,7 @@ class Session:
         if readings := self._waiting + self._readings:
             self._absorb(readings, mean_over_processes(self._numbers(readings)))
         self._waiting, self._readings = [], []
-        state = {"controller": self.controller.state_dict(), "steps": self.steps, "examples": self.examples}
+        state = {"controller": asdict(self.controller), "steps": self.steps, "examples": self.examples}
         return ({} if self.method is None else self.method.state_dict()), state
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..estimator import FRACTIONS, control_size, price, relative_variance
@@ -116,10 +116,11 @@ class Controller:
         ordinary = StepPlan(first_row=self.seen % 2 == 1) if comparing else exact
         if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < self.look_at:
             return ordinary
-        # Before anything is known, in the kind of step that is likely to be followed.
-        rehearsal = self.times.rehearsal if self.times.latest else replace(REHEARSAL, first_row=rules.first_row)
         left_before_decision = PERIOD - self.seen % PERIOD
-        if not self.times.count(rehearsal):
+        # Before anything is known, in the kind of step that is likely to be followed.
+        first_row = self.times.first_row if self.times.latest else rules.first_row
+        rehearsal = replace(REHEARSAL, first_row=first_row)
+        if self.times.as_exact(REHEARSAL) is None:
             if left_before_decision == 2:
                 return rehearsal
             # And a first measurement, to see what that costs and whether it promises something.
@@ -153,9 +154,8 @@ class Controller:
 
     def _dear(self, measurements: int, steps: int) -> bool:
         """Whether so many measurements would take too much of what the run has taken, or of its steps in all."""
-        exact, own = map(self.times.seconds, (self.times.exact_plan, self.times.measuring()))
-        more = 0.0 if exact is None or own is None else max(0.0, own / exact - 1.0)
-        return measurements * more > _SPENT * max(self.seen, steps)
+        own = self.times.as_exact(StepPlan(measure=GROUPS))
+        return measurements * max(0.0, (own or 0.0) - 1.0) > _SPENT * max(self.seen, steps)
 
     @property
     def _hopeless(self) -> bool:
@@ -191,11 +191,13 @@ class Controller:
             return replace(self, times=times).decided(rules, step)
         if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
-        rehearsed = self.times.count(self.times.rehearsal) > 0
+        rehearsed = self.times.as_exact(REHEARSAL) is not None
         if rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
             return replace(self, asked_at=self.seen).decided(rules, step)
         if rules.fraction or step < rules.exact_steps or not self.times.count(StepPlan()):
             return self
+        present_plan = self.times.predicted_plan(self.fraction, self.rows)
+        judged = (present_plan, self.times.exact_plan) if self.comparing else (present_plan,)
         if self.fraction >= 1.0:
             if not rehearsed or self.seen < self.look_at:
                 return self
@@ -207,7 +209,7 @@ class Controller:
                 if self._more_rows_may_help(rules):
                     more = (*self.residuals, Residual())
                     return replace(self, rows=self.rows + 1, residuals=more, asked_at=self.seen)
-        elif any(self.times.count(plan) < _TRIAL for plan in self._compared):
+        elif any(self.times.count(plan) < _TRIAL for plan in judged):
             return self
         fresh = (rows for rows, known in enumerate(self.residuals) if known.at >= self.look_at)
         every = tuple(fresh) if self.fraction >= 1.0 else (self.rows,)
@@ -227,7 +229,6 @@ class Controller:
             best, rows = self.fraction, self.rows
         if best >= 1.0 and self.fraction in allowed and not self.comparing:
             # The machine may have slowed down since exact steps were timed.
-            present_plan = self.times.predicted_plan(self.fraction, self.rows)
             return replace(self, comparing=True, times=self.times.last_only(self.times.exact_plan, present_plan))
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
@@ -242,12 +243,6 @@ class Controller:
             return False
         return (len(shares) == 1 or shares[-1] < _HELPS * shares[-2]) and not self._dear(_MORE, rules.steps)
 
-    @property
-    def _compared(self) -> tuple[StepPlan, ...]:
-        """What has to be timed before the present fraction is judged."""
-        own = self.times.predicted_plan(self.fraction, self.rows)
-        return (own, self.times.exact_plan) if self.comparing else (own,)
-
     def _waiting(self, given_up: bool) -> Controller:
         """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
         wait = _HOPELESS_LOOK if self._hopeless else self.look_after
@@ -255,19 +250,16 @@ class Controller:
             wait *= 2
         # Looks end where decisions are made.
         look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
-        times = self.times
-        if not given_up and self.look_after >= 8 * _FIRST_LOOK:
-            times = times.of_exact_steps()
-        changed_at = self.seen if given_up else self.changed_at
+        old = not given_up and self.look_after >= 8 * _FIRST_LOOK
         return replace(
             self,
             fraction=1.0,
             comparing=False,
-            changed_at=changed_at,
+            changed_at=self.seen if given_up else self.changed_at,
             look_at=look_at,
             asked_at=look_at,
             look_after=min(_LAST_LOOK, 2 * self.look_after),
-            times=times,
+            times=self.times.of_exact_steps() if old else self.times,
         )
 
     def accounted(self, plan: StepPlan, unit: float, size: float) -> Controller:
@@ -277,13 +269,9 @@ class Controller:
             return self
         return replace(self, saved=self.saved + (plain - unit) * size)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The record as JSON knows it."""
-        return asdict(self)
-
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Controller:
-        """The record that :meth:`state_dict` gave.
+        """The record whose fields these are, nested as JSON knows them.
 
         Raises:
             TypeError: If the state is another version's.

@@ -47,10 +47,13 @@ class StepTimes:
         """The cheaper of the two kinds of exact steps."""
         return StepPlan(first_row=self.first_row)
 
-    @property
-    def rehearsal(self) -> StepPlan:
-        """The rehearsal in the kind of exact step that is followed."""
-        return replace(REHEARSAL, first_row=self.first_row)
+    def as_exact(self, plan: StepPlan) -> float | None:
+        """Time of an exact step that does something besides over one that does not; None if that was not timed, be it with the last block on all rows or on one."""
+        for first_row in (self.first_row, not self.first_row):
+            exact, own = self.seconds(StepPlan(first_row=first_row)), self.seconds(replace(plan, first_row=first_row))
+            if exact is not None and own is not None:
+                return own / exact
+        return None
 
     def predicted_plan(self, fraction: float, rows: int) -> StepPlan:
         """The kind of step with predictions."""
@@ -81,18 +84,14 @@ class StepTimes:
             _, _, near, other, time = min(tried)
             kappa = (time / exact - near) / (1.0 - near) + self._walk(rows) - self._walk(other)
             return fraction + (1.0 - fraction) * kappa
-        trial = self.seconds(self.rehearsal)
-        fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial / exact - 1.3) / 3.4))
+        trial = self.as_exact(REHEARSAL)
+        fixed = 0.0 if trial is None else min(1.0, max(0.0, (trial - 1.3) / 3.4))
         return 2.7 * fixed + (1.0 - fixed) * (fraction + (1.0 - fraction) * _KAPPA) + self._walk(rows)
 
     def _walk(self, rows: int) -> float:
         """What more rows cost, in exact steps."""
-        exact, few, many = map(self.seconds, (self.exact_plan, *(self.measuring(each) for each in (0, rows))))
-        return 0.0 if exact is None or few is None or many is None else max(0.0, many - few) / exact
-
-    def measuring(self, rows: int = 0) -> StepPlan:
-        """An exact step that measures."""
-        return replace(self.exact_plan, measure=GROUPS, rows=rows)
+        few, many = (self.as_exact(StepPlan(measure=GROUPS, rows=each)) for each in (0, rows))
+        return 0.0 if few is None or many is None else max(0.0, many - few)
 
     def timed(self, plan: StepPlan, unit: float) -> StepTimes:
         """With one more time."""

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 
 import pytest
@@ -236,6 +236,6 @@ def test_measurements_that_are_not_finite_are_left_out() -> None:
 
 def test_the_record_survives_json_in_mid_run() -> None:
     controller, _, _ = simulate(300, compute_bound, lambda at: 0.02)
-    assert Controller.from_state_dict(json.loads(json.dumps(controller.state_dict()))) == controller
+    assert Controller.from_state_dict(json.loads(json.dumps(asdict(controller)))) == controller
     with pytest.raises((KeyError, TypeError)):
         Controller.from_state_dict({"seen": 3, "lookout": {}})

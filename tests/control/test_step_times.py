@@ -30,8 +30,14 @@ def test_the_median_of_the_latest_counts() -> None:
 def test_exact_steps_are_of_the_faster_kind(unit: float, faster: bool) -> None:
     times = times_of((PLAIN, 1.0), (ONE_ROW, unit))
     assert times.exact_plan == StepPlan(first_row=faster)
-    assert times.rehearsal == replace(REHEARSAL, first_row=faster) and times.measuring(1).rows == 1
     assert not times_of((PLAIN, 1.0)).first_row
+
+
+def test_what_is_done_besides_is_compared_with_exact_steps_of_the_same_kind() -> None:
+    times = times_of((PLAIN, 1.0), (ONE_ROW, 1.25), (replace(REHEARSAL, first_row=True), 2.5))
+    assert not times.first_row and times.as_exact(REHEARSAL) == 2.0
+    assert times.timed(REHEARSAL, 3.0).as_exact(REHEARSAL) == 3.0
+    assert times.as_exact(StepPlan(measure=8)) is None
 
 
 def test_before_any_prediction_was_timed_the_rehearsal_tells_whether_operations_or_their_number_are_dear() -> None:
@@ -51,7 +57,7 @@ def test_an_untimed_fraction_lies_on_the_line_through_the_nearest_and_exact_step
 
 def test_what_more_rows_cost_is_seen_in_measurements() -> None:
     times = times_of((PLAIN, 1.0), (StepPlan(0.25, first_row=True), 0.6))
-    times = times.timed(times.measuring(), 1.5).timed(times.measuring(1), 1.7)
+    times = times.timed(StepPlan(measure=8), 1.5).timed(StepPlan(measure=8, rows=1), 1.7)
     kappa = (0.6 - 0.25) / 0.75 + 0.2
     assert times.cost(0.25, 1, 1) == pytest.approx(0.25 + 0.75 * kappa)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def automatic(folder: str) -> None:
     trainer = trained(folder, max_steps=60, lgp_exact_steps=4, lgp_variance_budget=0.0)
     Lap.seconds = seconds_of  # type: ignore[method-assign]
     everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, (plans, trainer._lgp.controller.state_dict()))
+    dist.all_gather_object(everyones, (plans, asdict(trainer._lgp.controller)))
     assert everyones[0] == everyones[1], "plans differ between ranks"
     assert trainer._lgp_steps["predicted"] > 20, trainer._lgp_steps
 
