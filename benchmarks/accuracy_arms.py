@@ -38,7 +38,7 @@ BATCH: dict[str, float] = {"small-batch": 0.25}
 NAMES = {
     "trainer": "`Trainer`",
     "lgp": "`LGPTrainer`, automatic",
-    "first-row": "exact, last block on one row",
+    "first-row": "exact steps, the last block on one row",
     "quarter": "a quarter exact",
     "eighth": "an eighth exact",
     "budget-1.05": "automatic, variance budget 1.05",
@@ -47,8 +47,8 @@ NAMES = {
     "late": "automatic, the first 25 steps exact",
     "means-only": "automatic, no rows by themselves",
     "linear": "automatic, the paper's predictor",
-    "compressed": "`Trainer`, schedule compressed to about LGPTrainer's time",
-    "small-batch": "`Trainer`, a quarter of the batch, in about LGPTrainer's time",
-    "infobatch": "`Trainer` with InfoBatch, in about LGPTrainer's time",
+    "compressed": "`Trainer`, schedule compressed to half",
+    "small-batch": "`Trainer`, half the epochs, a quarter of the batch",
+    "infobatch": "`Trainer` with InfoBatch, half the epochs",
 }
 """What tables call them."""

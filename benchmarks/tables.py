@@ -197,7 +197,9 @@ def baselines() -> str | None:
 def _baselines(task: str, result: dict[str, Any]) -> str:
     """LGPTrainer against each of the others, seed by seed."""
     rows, arms, final = [], result["summary"]["arms"], {}
-    for arm in (name for name in (BASELINE, "compressed", "small-batch", "infobatch", "lgp") if name in arms):
+    for arm in (
+        name for name in (BASELINE, "first-row", "compressed", "small-batch", "infobatch", "lgp") if name in arms
+    ):
         final[arm] = {seed: cell["final"]["accuracy"] for seed, cell in by_seed(result["cells"], arm).items()}
     for arm, accuracy in final.items():
         seeds = [seed for seed in final["lgp"] if seed in accuracy]

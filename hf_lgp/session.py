@@ -102,6 +102,18 @@ class Session:
             return plan
         return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
 
+    @property
+    def rests(self) -> bool:
+        """Whether the next micro-batch needs no plan: of short steps, even asking for one takes a few percent."""
+        ready = self.method is not None and self.refused is None and not self.method.learns
+        return ready and self.controller.rests(self.rules)
+
+    def rested(self, examples: int) -> None:
+        """Count a micro-batch that had no plan."""
+        self._latest = []
+        self._count("exact", examples, 0)
+        self.controller = self.controller.advanced(examples)
+
     def splices(self, plan: StepPlan) -> bool:
         """Whether the model is run in another way than ``Trainer`` does."""
         return self.method is not None and (not plan.plain or self.method.learns_from(plan))

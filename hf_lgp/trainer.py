@@ -109,6 +109,10 @@ class LGPTrainer(Trainer):
         session, self._lgp_cost = self._lgp, 1.0
         if session is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        if session.rests:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            session.rested(examples_of(inputs))
+            return loss
         batch = self._prepare_inputs(inputs)
         examples, size = examples_of(batch), float(entries_of(batch))
         if session.method is None and examples >= 2:

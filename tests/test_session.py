@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_lgp.control.controller import Controller
 from hf_lgp.control.measurement import GroupSpread
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.session import Session
@@ -155,3 +156,14 @@ def test_steps_that_were_skipped_do_not_count_nor_measure() -> None:
     assert session.steps == {"exact": 0, "predicted": 38}
     assert session.examples == {"exact": 38 * 8, "predicted": 38 * 8}
     assert session.controller.measurements == 0 and session.controller.seen == 40
+
+
+def test_a_run_that_rests_counts_its_steps_and_asks_for_no_plan() -> None:
+    session, method = session_of()
+    session.controller = Controller(seen=16, look_at=200)
+    while session.rests:
+        session.rested(16)
+    assert session.controller.seen == 200 - 16 and method.plans == []
+    assert session.steps["exact"] == 200 - 32 and session.examples["exact"] == 16 * (200 - 32)
+    session.refused = "a reason"
+    assert not session.rests

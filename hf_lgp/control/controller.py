@@ -109,6 +109,11 @@ class Controller:
         due = self.seen - self.changed_at >= _SETTLING and self.seen % (_OFTEN if few else MEASURE_EVERY) == 0
         return StepPlan(fraction, groups * due, rules.first_row, rows=self.rows)
 
+    def rests(self, rules: Rules) -> bool:
+        """Whether steps are plain ones that need not even be timed: nothing pays, and the next look is far."""
+        waits = not rules.fraction and self.fraction >= 1.0 and self.seen + 2 * PERIOD < self.look_at
+        return waits and not self.times.first_row
+
     def _exact_step(self, rules: Rules, left: int, groups: int) -> StepPlan:
         """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
         exact = self.times.exact_plan

@@ -23,6 +23,7 @@ class StepTimes:
     """Times per unit of work."""
 
     latest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by kind of step
+    first_row: bool = False  # whether exact steps are faster with the last block on one row; compiled ones may not be
     predicted_first_row: bool = (
         False  # whether predicted steps run the last block on one row, wherever that is possible
     )
@@ -35,12 +36,6 @@ class StepTimes:
         """Median time of a kind of step; None if it was not timed."""
         times = self.latest.get(_kind(plan), ())
         return statistics.median(times) if times else None
-
-    @property
-    def first_row(self) -> bool:
-        """Whether exact steps are faster with the last block on one row; compiled ones may not be."""
-        plain, first = self.seconds(StepPlan()), self.seconds(StepPlan(first_row=True))
-        return first is not None and plain is not None and first < plain
 
     @property
     def exact_plan(self) -> StepPlan:
@@ -96,7 +91,9 @@ class StepTimes:
     def timed(self, plan: StepPlan, unit: float) -> StepTimes:
         """With one more time."""
         kind = _kind(plan)
-        return replace(self, latest={**self.latest, kind: (*self.latest.get(kind, ()), unit)[-_KEPT:]})
+        later = replace(self, latest={**self.latest, kind: (*self.latest.get(kind, ()), unit)[-_KEPT:]})
+        plain, first = later.seconds(StepPlan()), later.seconds(StepPlan(first_row=True))
+        return replace(later, first_row=first is not None and plain is not None and first < plain)
 
     def last_only(self, *plans: StepPlan) -> StepTimes:
         """Without all but the last time of some kinds of steps."""

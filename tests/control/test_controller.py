@@ -54,10 +54,10 @@ def simulate(
                     )
             pending.append([])
             controller = controller.decided(rules, step)
-        plan = controller.plan(rules, step, M)
+        plan = StepPlan() if (rests := controller.rests(rules)) else controller.plan(rules, step, M)
         unit = time_of(plan) * math.exp(draw.gauss(0, noise))
         plans.append(plan)
-        pending[-1].append((plan, controller.seen, unit))
+        pending[-1] += [] if rests else [(plan, controller.seen, unit)]
         controller, spent = controller.advanced(M), spent + time_of(plan)
     return controller, plans, spent / steps
 
@@ -159,6 +159,16 @@ def test_a_run_whose_measurements_are_dear_and_bad_makes_few(steps: int) -> None
     _, plans, time = simulate(steps, lambda p: compute_bound(p) + 3.5 * (p.measure > 2), lambda at: 0.45, rules, 0.05)
     assert not any(plan.fraction < 1.0 for plan in plans)
     assert time < 0.85 + (3.5 + 8 * 0.15) / steps + 0.04
+
+
+def test_where_nothing_pays_plain_steps_rest_but_for_those_before_a_look() -> None:
+    controller = simulate(400, overhead_bound, lambda at: 0.01)[0]
+    assert controller.rests(RULES) and controller.look_at > 4000
+    assert not replace(controller, seen=controller.look_at - 2 * PERIOD).rests(RULES)
+    assert not controller.rests(replace(RULES, fraction=0.5))
+    one_row = controller.times.timed(StepPlan(first_row=True), 0.1)
+    assert not replace(controller, times=one_row).rests(RULES), "plain steps are to be timed beside these"
+    assert not simulate(400, compute_bound, lambda at: 0.01)[0].rests(RULES)
 
 
 def test_a_machine_that_was_hopeless_may_become_good() -> None:
