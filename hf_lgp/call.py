@@ -20,6 +20,9 @@ from .sealed import Sealed, SpliceError
 from .splice import Gradients, Spliced
 from .streams import ControlStream, Stream
 
+_TOGETHER = 2
+"""Examples of a group, at most: by their number the ratio of variances is known no better, and they cost memory and time."""
+
 Observed = Callable[[GroupSpread], None]
 """Is told what a measuring call measured."""
 
@@ -56,7 +59,7 @@ class Call:
         trained = (i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
         self.first = 0 if h0.requires_grad else next(trained, len(parts))
         groups = min(plan.measure, self.controls)
-        apart = self.controls // groups * groups if groups else 0
+        apart = min(_TOGETHER, self.controls // groups) * groups if groups else 0
         rows = h0.detach() if self.whole else h0.detach().index_select(0, self.order)
         bounds = [slice(0, apart), slice(apart, self.controls), slice(self.controls, self.m)]
         grouped, control, others = (slice_ if slice_.start < slice_.stop else None for slice_ in bounds)

@@ -97,7 +97,8 @@ class Session:
         if self.method is None or self.refused is not None:
             return StepPlan()
         self._decide(step)
-        plan = self.controller.plan(self.rules, step, examples, accumulation)
+        known = self.method.ready or self.settings.control_fraction  # of what is not fitted a measurement tells nothing
+        plan = self.controller.plan(self.rules, step, examples, accumulation) if known else StepPlan()
         if plan.plain and not self.method.learns:
             return plan
         return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
@@ -109,10 +110,10 @@ class Session:
         return ready and self.controller.rests(self.rules)
 
     def rested(self, examples: int) -> None:
-        """Count a micro-batch that had no plan."""
+        """Count a micro-batch that had no plan, also one whose optimizer step is skipped."""
         self._latest = []
         self._count("exact", examples, 0)
-        self.controller = self.controller.advanced(examples)
+        self.controller = self.controller.advanced(examples, StepPlan())
 
     def splices(self, plan: StepPlan) -> bool:
         """Whether the model is run in another way than ``Trainer`` does."""
@@ -134,7 +135,7 @@ class Session:
         if self.method is not None and self.refused is None:
             kind = replace(plan, seed=0)
             self._readings.append(_Reading(kind, self.controller.seen, size, lap, tuple(spreads)))
-            self.controller = self.controller.advanced(examples)
+            self.controller = self.controller.advanced(examples, plan)
 
     def _count(self, kind: str, exact: int, predicted: int, sign: int = 1) -> None:
         self.steps[kind] += sign

@@ -92,7 +92,8 @@ class LGPTrainer(Trainer):
         self._lgp = self._lgp_restored = None
         if settings.control_fraction >= 1.0:
             return
-        self._lgp = session = Session(settings, self.state.max_steps, self.args.device, self.args.process_index)
+        steps = self.state.max_steps * self.args.gradient_accumulation_steps
+        self._lgp = session = Session(settings, steps, self.args.device, self.args.process_index)
         if restored is not None:
             try:
                 session.load_state_dict(*restored)

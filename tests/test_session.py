@@ -167,3 +167,11 @@ def test_a_run_that_rests_counts_its_steps_and_asks_for_no_plan() -> None:
     assert session.steps["exact"] == 200 - 32 and session.examples["exact"] == 16 * (200 - 32)
     session.refused = "a reason"
     assert not session.rests
+
+
+def test_nothing_is_measured_before_the_method_is_ready() -> None:
+    session, method = session_of(exact_steps=0)
+    method.ready = False
+    assert not any(plan.measure for plan in run(session, 0, 16))
+    method.ready = True
+    assert [plan.measure for plan in run(session, 16, 24)] == [0] * 6 + [2, 8]

@@ -46,7 +46,7 @@ class Rules:
     budget: float  # largest relative variance that a choice may cause
     exact_steps: int  # optimizer steps at the start that are exact when the fraction is chosen
     first_row: bool  # whether some stack's last block can be run on the first row only
-    steps: int = 0  # optimizer steps of the whole run
+    steps: int = 0  # micro-batches of the whole run
     doublings: int = 0  # how often the number of rows that are followed may be doubled
 
 
@@ -61,6 +61,7 @@ class Controller:
     residuals: tuple[Residual, ...] = (Residual(),)  # what was measured with each number of rows
     changed_at: int = 0  # micro-batch of the last change of fraction
     look_at: int = 0  # micro-batch from which on to look again, while nothing pays
+    rehearsed_at: int = 0  # micro-batch of the latest rehearsal
     asked_at: int = 0  # micro-batch from which on measurements were wanted
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
@@ -99,8 +100,10 @@ class Controller:
         if rules.fraction:
             due = self.seen % (4 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0  # nothing is decided by it
             return StepPlan(fraction, groups * due, rules.first_row)
-        if self.seen % CLEAN_EVERY == CLEAN_EVERY - 1:
-            return StepPlan()
+        if (
+            self.seen % CLEAN_EVERY == CLEAN_EVERY - 1
+        ):  # plain ones and, where gradients are predicted, the cheaper ones in turns
+            return self.times.exact_plan if self.seen // CLEAN_EVERY % 2 else StepPlan()
         if step < rules.exact_steps or self.fraction >= 1.0:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
         if self.comparing and self.seen % 2:
@@ -125,15 +128,14 @@ class Controller:
         # Before anything is known, in the kind of step that is likely to be followed.
         first_row = self.times.first_row if self.times.latest else rules.first_row
         rehearsal = replace(REHEARSAL, first_row=first_row)
-        if self.times.as_exact(REHEARSAL) is None:
-            if left_before_decision == 2:
-                return rehearsal
-            # And a first measurement, to see what that costs and whether it promises something.
-            return replace(rehearsal, measure=groups) if left_before_decision == 1 else ordinary
-        if comparing:
+        if not self._rehearsed:
+            since = self.seen - self.rehearsed_at if self.rehearsed_at else math.inf
+            if since == 1:  # and a measurement, to see what that costs and whether it promises something
+                return replace(rehearsal, measure=groups)
+            # Readings may come late.
+            return rehearsal if left_before_decision == 2 and since >= 3 * PERIOD else ordinary
+        if comparing or self._hopeless:
             return ordinary
-        if self._hopeless:
-            return rehearsal if self.look_at and left_before_decision == 1 else exact
         # Readings may come late: only if they did not after a while, more is measured.
         due = self._unknown(rules) and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted
         return replace(exact, measure=groups, rows=self.rows) if due else exact
@@ -167,9 +169,15 @@ class Controller:
         """Whether even perfect predictions would save too little."""
         return min(self.cost(fraction, 0) for fraction in FRACTIONS) > _MARGIN
 
-    def advanced(self, examples: int) -> Controller:
+    @property
+    def _rehearsed(self) -> bool:
+        """Whether a rehearsal was timed, or two if the first leaves no hope: first times are long."""
+        return self.times.rehearsals >= (2 if self._hopeless else 1)
+
+    def advanced(self, examples: int, plan: StepPlan) -> Controller:
         """One micro-batch later."""
-        return replace(self, seen=self.seen + 1, size=max(self.size, examples))
+        rehearsed_at = self.seen if plan.measure == REHEARSAL.measure else self.rehearsed_at
+        return replace(self, seen=self.seen + 1, size=max(self.size, examples), rehearsed_at=rehearsed_at)
 
     def timed(self, plan: StepPlan, unit: float, at: int) -> Controller:
         """With the time per unit of work that micro-batch number ``at`` took; those that tell little are left out."""
@@ -196,22 +204,22 @@ class Controller:
             return replace(self, times=times).decided(rules, step)
         if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
-        rehearsed = self.times.as_exact(REHEARSAL) is not None
-        if rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
+        if self._rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
             return replace(self, asked_at=self.seen).decided(rules, step)
         if rules.fraction or step < rules.exact_steps or not self.times.count(StepPlan()):
             return self
         present_plan = self.times.predicted_plan(self.fraction, self.rows)
         judged = (present_plan, self.times.exact_plan) if self.comparing else (present_plan,)
         if self.fraction >= 1.0:
-            if not rehearsed or self.seen < self.look_at:
+            if not self._rehearsed or self.seen < self.look_at:
                 return self
-            if self.seen < 2 * PERIOD and not self._promises(rules, _WRONG * self.residual_share):
+            more_rows = self._more_rows_may_help(rules)
+            if self.seen < 2 * PERIOD and (more_rows or not self._promises(rules, _WRONG * self.residual_share)):
                 return self  # nothing is given up for what few times say
             if not self._hopeless:
                 if self._unknown(rules):
                     return self
-                if self._more_rows_may_help(rules):
+                if more_rows:
                     more = (*self.residuals, Residual())
                     return replace(self, rows=self.rows + 1, residuals=more, asked_at=self.seen)
         elif any(self.times.count(plan) < _TRIAL for plan in judged):
@@ -256,6 +264,7 @@ class Controller:
         # Looks end where decisions are made.
         look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
         old = not given_up and self.look_after >= 8 * _FIRST_LOOK
+        times = self.times.of_exact_steps() if old else self.times
         return replace(
             self,
             fraction=1.0,
@@ -264,7 +273,7 @@ class Controller:
             look_at=look_at,
             asked_at=look_at,
             look_after=min(_LAST_LOOK, 2 * self.look_after),
-            times=self.times.of_exact_steps() if old else self.times,
+            times=times.unrehearsed() if self._hopeless else times,
         )
 
     def accounted(self, plan: StepPlan, unit: float, size: float) -> Controller:
@@ -279,7 +288,7 @@ class Controller:
         """The record whose fields these are, nested as JSON knows them.
 
         Raises:
-            TypeError: If the state is another version's.
+            KeyError, TypeError: If the state is another version's.
         """
         times = StepTimes.from_state_dict(state["times"])
         residuals = tuple(map(Residual.from_state_dict, state["residuals"]))

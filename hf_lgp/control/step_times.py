@@ -43,12 +43,20 @@ class StepTimes:
         return StepPlan(first_row=self.first_row)
 
     def as_exact(self, plan: StepPlan) -> float | None:
-        """Time of an exact step that does something besides over one that does not; None if that was not timed, be it with the last block on all rows or on one."""
+        """Time of an exact step that does something besides over one that does not: the least, as it is done rarely and first times are long.
+
+        None if that was not timed, be it with the last block on all rows or on one.
+        """
         for first_row in (self.first_row, not self.first_row):
-            exact, own = self.seconds(StepPlan(first_row=first_row)), self.seconds(replace(plan, first_row=first_row))
-            if exact is not None and own is not None:
-                return own / exact
+            exact, own = self.seconds(StepPlan(first_row=first_row)), replace(plan, first_row=first_row)
+            if exact is not None and self.count(own):
+                return min(self.latest[_kind(own)]) / exact
         return None
+
+    @property
+    def rehearsals(self) -> int:
+        """How many times of rehearsals are known, be it with the last block on all rows or on one."""
+        return sum(self.count(replace(REHEARSAL, first_row=first_row)) for first_row in (False, True))
 
     def predicted_plan(self, fraction: float, rows: int) -> StepPlan:
         """The kind of step with predictions."""
@@ -99,6 +107,11 @@ class StepTimes:
         """Without all but the last time of some kinds of steps."""
         kinds = {_kind(plan) for plan in plans}
         return replace(self, latest={k: times[-1:] if k in kinds else times for k, times in self.latest.items()})
+
+    def unrehearsed(self) -> StepTimes:
+        """Without those of rehearsals."""
+        kinds = {_kind(replace(REHEARSAL, first_row=first_row)) for first_row in (False, True)}
+        return replace(self, latest={k: times for k, times in self.latest.items() if k not in kinds})
 
     def of_exact_steps(self) -> StepTimes:
         """Without those of steps with predictions."""

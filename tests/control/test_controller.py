@@ -44,7 +44,7 @@ def simulate(
     pending: list[list[tuple[StepPlan, int, float]]] = [[] for _ in range(late + 1)]
     spent = 0.0
     for step in range(steps):
-        if controller.seen % PERIOD == 0:
+        if controller.seen % PERIOD == 0 and not controller.rests(rules):
             for plan, at, unit in pending.pop(0):
                 controller = controller.timed(plan, unit, at).accounted(plan, unit, 1.0)
                 if plan.measure:
@@ -58,7 +58,7 @@ def simulate(
         unit = time_of(plan) * math.exp(draw.gauss(0, noise))
         plans.append(plan)
         pending[-1] += [] if rests else [(plan, controller.seen, unit)]
-        controller, spent = controller.advanced(M), spent + time_of(plan)
+        controller, spent = controller.advanced(M, plan), spent + time_of(plan)
     return controller, plans, spent / steps
 
 
@@ -171,13 +171,36 @@ def test_where_nothing_pays_plain_steps_rest_but_for_those_before_a_look() -> No
     assert not simulate(400, compute_bound, lambda at: 0.01)[0].rests(RULES)
 
 
-def test_a_machine_that_was_hopeless_may_become_good() -> None:
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_machine_that_was_hopeless_may_become_good(late: int) -> None:
     calls = count()
 
     def quieter(plan: StepPlan) -> float:
         return overhead_bound(plan) if next(calls) < 4000 else compute_bound(plan)
 
-    assert simulate(12000, quieter, lambda at: 0.01)[0].fraction < 1.0
+    assert simulate(8400, quieter, lambda at: 0.01, late=late)[0].fraction < 1.0
+
+
+def test_one_long_rehearsal_does_not_end_all_hope() -> None:
+    def first_is_long(plan: StepPlan) -> float:
+        return 9.0 if plan.measure == 2 and next(calls) == 0 else compute_bound(plan)
+
+    calls = count()
+    assert simulate(60, first_is_long, lambda at: 0.01)[0].fraction < 1.0
+
+
+@pytest.mark.parametrize(("exact_steps", "late"), [(32, 0), (32, 2), (100, 2)])
+def test_a_run_that_is_to_begin_exactly_is_rehearsed_once_and_in_time(exact_steps: int, late: int) -> None:
+    rules = replace(RULES, exact_steps=exact_steps, first_row=True)
+    plans = simulate(200, compute_bound, lambda at: 0.01, rules, 0.02, late=late)[1]
+    assert sum(plan.measure == 2 for plan in plans) == 1
+    assert exact_steps <= [plan.fraction < 1.0 for plan in plans].index(True) <= exact_steps + 8
+
+
+def test_an_early_start_does_not_forgo_more_rows() -> None:
+    rules = replace(RULES, exact_steps=0, budget=math.inf, first_row=True, doublings=2)
+    controller, plans, _ = simulate(300, with_more_rows(0.02), lambda at: 0.06, rules, 0.02, 0.2)
+    assert controller.rows == 1 and [plan.fraction < 1.0 for plan in plans].index(True) <= 24
 
 
 def test_a_run_that_goes_on_with_other_settings_follows_as_many_rows_as_they_say() -> None:

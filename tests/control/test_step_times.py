@@ -36,7 +36,8 @@ def test_exact_steps_are_of_the_faster_kind(unit: float, faster: bool) -> None:
 def test_what_is_done_besides_is_compared_with_exact_steps_of_the_same_kind() -> None:
     times = times_of((PLAIN, 1.0), (ONE_ROW, 1.25), (replace(REHEARSAL, first_row=True), 2.5))
     assert not times.first_row and times.as_exact(REHEARSAL) == 2.0
-    assert times.timed(REHEARSAL, 3.0).as_exact(REHEARSAL) == 3.0
+    assert times.timed(REHEARSAL, 3.0).timed(REHEARSAL, 2.8).as_exact(REHEARSAL) == 2.8
+    assert times.timed(REHEARSAL, 3.0).rehearsals == 2 and times.unrehearsed().rehearsals == 0
     assert times.as_exact(StepPlan(measure=8)) is None
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
+from hf_lgp.control.controller import Controller
+from hf_lgp.control.plan import StepPlan
 
 
 class MeanPooled(nn.Module):
@@ -75,6 +77,17 @@ def test_exact_steps_of_an_automatic_run_are_trainer_bit_for_bit(tmp_path: Path)
     session = automatic[0]._lgp
     assert session.method is not None and session.refused is None, "predictions would have been possible"
     assert session.steps == {"exact": 4 * 13, "predicted": 0}, "four epochs of thirteen micro-batches"
+
+
+def test_an_automatic_run_that_rests_is_trainer_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Controller, "rests", lambda self, rules: self.seen >= 5)
+    resting = run(LGPTrainer, tmp_path, MeanPooled(), lgp_exact_steps=1000, save_strategy="steps", save_steps=10)
+    assert_same_run(run(Trainer, tmp_path, MeanPooled()), resting)
+    session = resting[0]._lgp
+    assert session.steps == {"exact": 4 * 13, "predicted": 0} and session.controller.seen == 4 * 13
+    assert session.controller.times.count(StepPlan()) == 4, (
+        "four of the first five micro-batches were timed, and no other"
+    )
 
 
 def test_exact_steps_that_read_the_first_row_only_are_trainers_to_rounding(tmp_path: Path) -> None:
