@@ -238,7 +238,8 @@ def step_cost() -> str | None:
     rows = []
     for result in results("step_cost_*"):
         precision = "bf16" if result["bf16"] else "fp32"
-        label = f"{result['vit']}, {result['rows']} rows, batch {result['batch']}, {precision}, {result['attention']}"
+        how = f"{precision}, {result['attention']}{', compiled' * bool(result['compiled'])}"
+        label = f"{result['vit']}, {result['rows']} rows, batch {result['batch']}, {how}"
         for kind, figures in result["steps"].items():
             names = ("cost", "against_own_exact", "control", "others", "walk_and_rest", "kappa_against_own_exact")
             rows.append([label, kind, *(f"{figures[name]:.2f}" if name in figures else "" for name in names)])
