@@ -87,14 +87,22 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def headline() -> str | None:
-    """The result in one sentence."""
+    """The result in a sentence or two."""
+    others = ""
+    for task, result in runs_with("time_to_accuracy_finetune*", "lgp", BASELINE):
+        figures = result["summary"]["arms"]["lgp"]
+        final = figures["final_accuracy"]
+        others += (
+            f" {task[0].upper()}{task[1:]}, {seeds_of(figures)}: {figures['total_seconds']['median_ratio']:.2f} of `Trainer`'s time, "
+            f"accuracy {with_error(final['difference'], final['standard_error'], '+.1%')}."
+        )
     for task, result in runs_with("time_to_accuracy_scratch*", "lgp", BASELINE):
         figures = result["summary"]["arms"]["lgp"]
         final, machine = figures["final_accuracy"], result["environment"]
         return (
             f"**{1.0 / figures['total_seconds']['median_ratio']:.1f} times faster at equal epochs, accuracy "
             f"{with_error(final['difference'], final['standard_error'], '+.1%')} (one standard error)**: {task}, {seeds_of(figures)}, on "
-            f"{machine['device']} with {machine['threads']} threads."
+            f"{machine['device']} with {machine['threads']} threads.{others}"
         )
     return None
 
