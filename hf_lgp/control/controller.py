@@ -22,7 +22,7 @@ from .step_times import REHEARSAL, StepTimes
 # In micro-batches, where nothing else is said.
 PERIOD = 8  # between two decisions
 MEASURE_EVERY = 32  # between two measurements while gradients are predicted
-CLEAN_EVERY = 101  # between two plain exact ones while others are not, to time them; prime to what recurs otherwise
+CLEAN_EVERY = 101  # between two exact ones while others are not, plain and cheaper in turns, to time them; prime to what recurs otherwise
 _MEASUREMENTS, _MORE = 8, 4  # measurements before a choice that one does not make clear, and with twice as many rows
 _OFTEN = 4  # between two measurements while gradients are predicted and so many are not yet made
 _SMALL_SHARE = 0.03  # of the residual, below which more rows are not tried
@@ -100,9 +100,7 @@ class Controller:
         if rules.fraction:
             due = self.seen % (4 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0  # nothing is decided by it
             return StepPlan(fraction, groups * due, rules.first_row)
-        if (
-            self.seen % CLEAN_EVERY == CLEAN_EVERY - 1
-        ):  # plain ones and, where gradients are predicted, the cheaper ones in turns
+        if self.seen % CLEAN_EVERY == CLEAN_EVERY - 1:
             return self.times.exact_plan if self.seen // CLEAN_EVERY % 2 else StepPlan()
         if step < rules.exact_steps or self.fraction >= 1.0:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)

@@ -24,9 +24,7 @@ class StepTimes:
 
     latest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by kind of step
     first_row: bool = False  # whether exact steps are faster with the last block on one row; compiled ones may not be
-    predicted_first_row: bool = (
-        False  # whether predicted steps run the last block on one row, wherever that is possible
-    )
+    predicted_first_row: bool = False  # whether steps with predictions run the last block on one row where they can
 
     def count(self, plan: StepPlan) -> int:
         """How many times of a kind of step are known."""
