@@ -309,7 +309,7 @@ def coverage() -> str | None:
     if not rows:
         return None
     texts = ""
-    for figures in (figures for result in results("finetune_text*") for figures in result["summary"].values()):
+    for figures in (figures for result in results("finetune_text") for figures in result["summary"].values()):
         time, off = figures["time_ratio_95"], figures["accuracy_difference_95"]
         texts += (
             f" On short texts, where predictions do not pay, fine-tuning takes {time[0]:.2f} to {time[1]:.2f} of `Trainer`'s time, accuracy "
