@@ -54,7 +54,7 @@ class Gradients:
 
     def __init__(self, parameters: Mapping[int, Tensor], scaled: bool = False) -> None:
         self._parameters, self._instead = parameters, float("inf") if scaled else 0.0
-        self._pieces: list[tuple[Sequence[int], Sequence[Tensor], Tensor]] = []  # keys, exact gradients, predicted ones
+        self._pieces: list[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]] = []  # keys, exact, predicted
         self._totals: dict[int, Tensor] = {}
         self._checks: list[Tensor] = []
 
@@ -72,11 +72,13 @@ class Gradients:
             if (like := p if g is None else g) is not None:
                 triple = key, torch.zeros_like(like) if g is None else g, torch.zeros_like(like) if p is None else p
                 by_type.setdefault((like.dtype, self._parameters[key].dtype), []).append(triple)
-        for triples in by_type.values():  # as one tensor each, since every launch costs
+        for triples in by_type.values():
             keys, exacts, predictions = zip(*triples, strict=True)
-            flat = torch.cat([p.flatten() for p in predictions])
-            self._check(flat)
-            self._pieces.append((keys, exacts, flat))
+            if predictions[0].device.type != "cpu":  # as one tensor: there launches cost, on a CPU passes over memory
+                predictions = (torch.cat([p.flatten() for p in predictions]),)
+            for t in predictions:
+                self._check(t)
+            self._pieces.append((keys, exacts, predictions))
 
     def _check(self, t: Tensor) -> None:
         self._checks.append(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)))
@@ -91,12 +93,19 @@ class Gradients:
             self._check(of_rows)
         if self._checks:
             bad = torch.stack(self._checks).mul_(0.0).sum() != 0.0
-        for keys, exact, flat in self._pieces:
-            pieces = flat.masked_fill_(bad, self._instead).split([g.numel() for g in exact])
-            torch._foreach_add_([piece.view_as(g) for piece, g in zip(pieces, exact, strict=True)], list(exact))
-            pieces = flat.to(self._parameters[keys[0]].dtype).split([g.numel() for g in exact])
-            for key, piece, g in zip(keys, pieces, exact, strict=True):
-                self._sum(key, piece.view_as(g))
+        for keys, exact, predicted in self._pieces:
+            if predicted[0].device.type == "cpu":
+                if not bad:  # new tensors: two parameters may have been given the same one
+                    exact = torch._foreach_add(list(predicted), list(exact))
+                elif self._instead:
+                    exact = [torch.full_like(g, self._instead) for g in exact]
+            else:
+                flat, sizes = predicted[0].masked_fill_(bad, self._instead), [g.numel() for g in exact]
+                torch._foreach_add_([t.view_as(g) for t, g in zip(flat.split(sizes), exact, strict=True)], list(exact))
+                pieces = flat.to(self._parameters[keys[0]].dtype).split(sizes)
+                exact = [piece.view_as(g) for piece, g in zip(pieces, exact, strict=True)]
+            for key, total in zip(keys, exact, strict=True):
+                self._sum(key, total)
         self._pieces.clear()
         of_rows = None if of_rows is None else of_rows.masked_fill_(bad, self._instead)
         return of_rows, [self._totals.get(key) for key in self._parameters]

@@ -69,6 +69,13 @@ def test_with_loss_scaling_an_overflow_reaches_the_scaler() -> None:
     assert of_rows.isinf().all() and total.isinf().all()
 
 
+def test_parameters_may_be_given_the_same_gradient() -> None:
+    gradients, given = Gradients({0: torch.zeros(3), 1: torch.zeros(3)}), torch.ones(3)
+    gradients.add({0: torch.ones(3), 1: torch.zeros(3)}, {0: given, 1: given})
+    first, second = gradients.totals(None)[1]
+    assert torch.equal(first, torch.full((3,), 2.0)) and torch.equal(second, torch.ones(3))
+
+
 def test_blocks_may_share_a_parameter() -> None:
     gradients = Gradients({7: nn.Parameter(torch.zeros(3))})
     gradients.add({7: torch.ones(3)}, {7: torch.ones(3)})
