@@ -128,7 +128,7 @@ class Controller:
         rehearsal = replace(REHEARSAL, first_row=first_row)
         if not self._rehearsed:
             since = self.seen - self.rehearsed_at if self.rehearsed_at else math.inf
-            if since == 1:  # and a measurement, to see what that costs and whether it promises something
+            if since == 1 and not self.measurements:  # to see what that costs and whether it promises something
                 return replace(rehearsal, measure=groups)
             # Readings may come late.
             return rehearsal if left_before_decision == 2 and since >= 3 * PERIOD else ordinary
