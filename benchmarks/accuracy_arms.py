@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from infobatch import InfoBatchTrainer
+from noise import NoisyTrainer
 from transformers import Trainer
 
 from hf_lgp import LGPTrainer
@@ -16,6 +17,8 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "first-row": (LGPTrainer, {"lgp_exact_steps": 10**9}),
     "quarter": (LGPTrainer, {"lgp_control_fraction": 0.25}),
     "eighth": (LGPTrainer, {"lgp_control_fraction": 0.125}),
+    # exact gradients with as much noise as those of "eighth" have
+    "noise": (NoisyTrainer, {"lgp_control_fraction": 0.125}),
     "budget-1.05": (LGPTrainer, {"lgp_variance_budget": 1.05}),
     "sixteenth": (LGPTrainer, {"lgp_control_fraction": 0.0625}),
     "budget-1.25": (LGPTrainer, {"lgp_variance_budget": 1.25}),
@@ -41,6 +44,7 @@ NAMES = {
     "first-row": "exact steps, the last block on one row",
     "quarter": "a quarter exact",
     "eighth": "an eighth exact",
+    "noise": "exact, with the noise of an eighth",
     "budget-1.05": "automatic, variance budget 1.05",
     "sixteenth": "a sixteenth exact",
     "budget-1.25": "automatic, variance budget 1.25",
