@@ -32,6 +32,8 @@ PAYS = 0.97
 
 TEXTS = {"reviews": "sentences of film reviews", "r8": "Reuters news"}
 
+OF_TRAINER = "accuracy of Trainer "
+
 HALF_TIME = "50% of Trainer's time"
 
 
@@ -113,18 +115,18 @@ def time_to_accuracy() -> str | None:
     for task, result in runs_with("time_to_accuracy_*", "lgp", BASELINE):
         arms = result["summary"]["arms"]
         plain, figures, final = arms[BASELINE]["final_accuracy"], arms["lgp"], arms["lgp"]["final_accuracy"]
-        target = next(key for key in figures["to_target"] if not key.startswith("mean"))
+        targets = result["summary"]["primary_target"], f"{OF_TRAINER}at the end"
         rows.append(
             [
                 f"{task}, {seeds_of(figures)}",
                 ratio(figures["total_seconds"]),
                 with_error(plain["mean"], plain["standard_deviation"], ".1%"),
                 with_error(final["difference"], final["standard_error"], "+.1%"),
-                f"{target.removeprefix('accuracy of Trainer ')}: {ratio(figures['to_target'][target])}",
+                *(f"{name.removeprefix(OF_TRAINER)}: {ratio(figures['to_target'][name])}" for name in targets),
             ]
         )
     header = ["task", "whole run, in Trainer's time", "Trainer's final accuracy", "accuracy against it"]
-    return table([*header, "time to the accuracy that Trainer has"], rows)
+    return table([*header, "time to the accuracy that Trainer has", "time to that it ends with"], rows)
 
 
 def no_gain() -> str | None:
