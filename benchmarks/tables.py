@@ -27,6 +27,17 @@ TASKS = {
     "tiny": "a ViT of two blocks of width 32 on digits",
 }
 
+IDEAS = {
+    "first-row": "predictions, beside the last block on one row",
+    "late": "predicting from the eighth micro-batch on",
+    "quarter": "smaller fractions than a quarter",
+    "eighth": "choosing the fraction",
+    "sixteenth": "choosing the fraction",
+    "budget-1.25": "the variance budget of 1.1",
+    "means-only": "rows followed by themselves",
+}
+"""What arms do without, by name."""
+
 PAYS = 0.97
 """A price below is one at which predictions pay."""
 
@@ -225,6 +236,33 @@ def _baselines(task: str, result: dict[str, Any]) -> str:
     return table([*header, "LGPTrainer's, against it (95%)", "p, paired t-test"], rows) or ""
 
 
+def ablation() -> str | None:
+    """What each idea brings: automatic runs without it, against those with all of them, seed by seed."""
+    rows = []
+    for task, result in runs_with("time_to_accuracy_*", "lgp", BASELINE):
+        whole = by_seed(result["cells"], "lgp")
+        for arm, idea in IDEAS.items():
+            without = by_seed(result["cells"], arm)
+            seeds = [seed for seed in whole if seed in without]
+            if not seeds:
+                continue
+            times = [without[seed]["seconds"] / whole[seed]["seconds"] for seed in seeds]
+            off = [without[seed]["final"]["accuracy"] - whole[seed]["final"]["accuracy"] for seed in seeds]
+            loss = [without[seed]["final"]["loss"] - whole[seed]["final"]["loss"] for seed in seeds]
+            rows.append(
+                [
+                    f"{task}: {idea}",
+                    NAMES[arm],
+                    str(len(seeds)),
+                    f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})",
+                    with_error(statistics.fmean(off), standard_error(off), "+.1%"),
+                    with_error(statistics.fmean(loss), standard_error(loss), "+.3f"),
+                ]
+            )
+    header = ["what an idea brings", "without it", "seeds", "time, in that of `LGPTrainer`, automatic"]
+    return table([*header, "final accuracy, against it", "test loss, against it"], rows)
+
+
 def predictability() -> str | None:
     """Shares of variance explained, by steps of training and number of groups."""
     rows = []
@@ -380,6 +418,7 @@ TABLES: dict[str, list[Callable[[], str | None]]] = {
         time_to_accuracy,
         no_gain,
         baselines,
+        ablation,
         arms,
         equal_epochs,
         predictability,

@@ -57,9 +57,8 @@ class Session:
         self._waiting: list[_Reading] = []
         self._staged: tuple[list[_Reading], Tensor, Any] | None = None
         self._position = (-1, 0)
-        self._latest: list[
-            tuple[str, int, int]
-        ] = []  # kind, exact and predicted examples of the micro-batches of this optimizer step
+        # Kind, exact and predicted examples of the micro-batches of this optimizer step.
+        self._latest: list[tuple[str, int, int]] = []
         self._learnt: Mapping[str, Tensor] | None = None
         self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 

@@ -25,7 +25,6 @@ from .stack import Stack, spliced
 _WIDE, _HALF = (1e-3, 1e-3), (5e-2, 1e-2)
 """Differences allowed, relative to a tensor's norm, and which share of the largest tensor's norm it counts at least: float32 and half precision."""
 
-
 _MEMORY = ("out of memory", "not enough memory", "allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
 """What errors say that a smaller batch may cure."""
 

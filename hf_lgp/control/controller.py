@@ -91,6 +91,11 @@ class Controller:
         """Relative variance of the gradient at a fraction."""
         return relative_variance(fraction, self.residuals[self.rows if rows is None else rows].share)
 
+    def allows(self, rules: Rules, fraction: float, rows: int) -> bool:
+        """Whether the budget allows a fraction. Few measurements may have missed the examples that are predicted worst: the residual of one counts twice."""
+        share, count = self.residuals[rows].share, self.residuals[rows].count
+        return relative_variance(fraction, share * (1.0 + 1.0 / max(1, count))) <= rules.budget
+
     def plan(self, rules: Rules, step: int, examples: int, accumulation: int = 1) -> StepPlan:
         """The plan of the next micro-batch, without the seed of its draw."""
         fraction = rules.fraction or self.fraction
@@ -224,14 +229,14 @@ class Controller:
             return self
         fresh = (rows for rows, known in enumerate(self.residuals) if known.at >= self.look_at)
         every = tuple(fresh) if self.fraction >= 1.0 else (self.rows,)
+        untried = 1.0 / _MARGIN if self.fraction >= 1.0 else 1.0  # from one fraction to another little can go wrong
         prices = {
-            (f, rows): self.price(f, rows)
-            * (1.0 if self.times.count(self.times.predicted_plan(f, rows)) else 1.0 / _MARGIN)
-            for rows in every
+            (f, k): self.price(f, k) * (1.0 if self.times.count(self.times.predicted_plan(f, k)) else untried)
+            for k in every
             for f in FRACTIONS
-            if self.variance(f, rows) <= rules.budget and control_size(self.size, f) >= 2
+            if self.allows(rules, f, k) and control_size(self.size, f) >= 2
         }
-        allowed = {f for f, rows in prices if rows == self.rows}
+        allowed = {f for f, k in prices if k == self.rows}
         best, rows = min(prices, key=prices.__getitem__, default=(1.0, self.rows))
         present = self.price(self.fraction) if self.fraction in (*allowed, 1.0) else math.inf
         if prices.get((best, rows), 1.0) >= 1.0:

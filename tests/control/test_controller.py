@@ -13,6 +13,7 @@ import pytest
 
 from hf_lgp.control.controller import PERIOD, Controller, Rules
 from hf_lgp.control.plan import StepPlan
+from hf_lgp.control.residual import Residual
 
 M = 64
 RULES = Rules(fraction=0.0, budget=1.1, exact_steps=20, first_row=False)
@@ -102,6 +103,13 @@ def test_a_machine_that_slows_down_is_no_reason_to_give_up() -> None:
 def test_a_better_prediction_allows_a_smaller_fraction() -> None:
     assert simulate(1000, compute_bound, lambda at: 0.005)[0].fraction == 0.0625
     assert simulate(1000, compute_bound, lambda at: 0.02, replace(RULES, budget=math.inf))[0].fraction == 0.125
+
+
+def test_the_fewer_measurements_the_further_within_the_budget() -> None:
+    controller = Controller(residuals=(Residual((0.012,), (1.0,), 1),))
+    assert controller.allows(RULES, 0.25, 0) and not controller.allows(RULES, 0.125, 0)
+    often = Controller(residuals=(Residual((0.012,), (1.0,), 8),))
+    assert often.allows(RULES, 0.125, 0)
 
 
 def with_more_rows(dearer: float) -> Callable[[StepPlan], float]:
