@@ -376,11 +376,7 @@ def architectures() -> str | None:
             doublings, fraction = row["at"].split(", ")
             followed = "" if fraction == "1" else f", {1 + (4 << int(doublings))} rows"
             own = "last block on one row, " if row["first_row"] and fraction == "1" else ""
-            pays = (
-                "predicted"
-                if fraction != "1" and row["price"] < PAYS
-                else f"exact, {own}predictions do not pay at this size"
-            )
+            pays = "predicted" if fraction != "1" and row["price"] < PAYS else f"exact, {own}predictions do not pay"
             rows.append(
                 [
                     kind,
@@ -393,7 +389,7 @@ def architectures() -> str | None:
                 ]
             )
     header = ["reads", "model type", "explained by 5 rows: mean over tensors / weighted", "by 17 rows"]
-    return table([*header, "least price, and its fraction and rows", "bias over all draws", "an automatic run"], rows)
+    return table([*header, "least price, and its fraction and rows", "bias over all draws", "at this size"], rows)
 
 
 def finetune_text() -> str | None:

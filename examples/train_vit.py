@@ -151,7 +151,8 @@ class DataArguments:
         },
     )
     horizontal_flip: bool | None = field(
-        default=None, metadata={"help": "Flip every other training image. Default: yes, except for the digits."}
+        default=None,
+        metadata={"help": "Flip training images at random, half of them. Default: yes, except for the digits."},
     )
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ print(probe(model, train, args))
 # %% [markdown]
 # ## Train
 #
-# `LGPTrainer` takes what `Trainer` takes. By default it chooses by price how many examples of every batch get exact gradients, all of them included.
+# `LGPTrainer` takes what `Trainer` takes. By default it chooses the share of each batch that gets exact gradients, by measured cost and noise; that may be the whole batch.
 
 # %%
 trainer = LGPTrainer(model, args, train_dataset=train, eval_dataset=held_out)
@@ -103,7 +103,7 @@ print(fixed.evaluate())
 # %% [markdown]
 # ## Card and checkpoint
 #
-# What is saved is a plain transformers checkpoint; the card has a section on the run, and a figure where matplotlib is installed.
+# What is saved is a plain transformers checkpoint; the card has a section on the run.
 
 # %%
 fixed.save_model()

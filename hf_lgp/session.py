@@ -46,10 +46,9 @@ class Session:
     """
 
     def __init__(self, settings: LGPSettings, steps: int, device: torch.device, process: int = 0) -> None:
-        self.settings, self.run_steps, self.device, self.process = settings, steps, device, process
+        self.settings, self.run_steps, self.device, self.process, self._trained = settings, steps, device, process, 0
         self.method: Method | None = None
         self.refused: str | None = None
-        self._trained = 0
         self.controller = Controller()
         self.steps = {"exact": 0, "predicted": 0}
         self.examples = {"exact": 0, "predicted": 0}

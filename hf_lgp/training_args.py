@@ -39,12 +39,12 @@ class LGPTrainingArguments(TrainingArguments):
     lgp_predictor: str = _setting(
         "auto",
         "auto: the row walk where the model's blocks are found and verified, exact steps elsewhere. rows: the same, an error elsewhere. "
-        "linear: the paper's predictor.",
+        "linear: a regression as in the paper.",
         choices=list(PREDICTORS),
     )
     lgp_groups: int | None = _setting(
         None,
-        "Means of rows that the row walk follows besides the row of a sequence that is asked most; by default 2, or 4 or 8 where "
+        "Means of rows that the row walk follows besides the row of a sequence with the largest gradient; by default 2, or 4 or 8 where "
         "measurements say that it pays.",
     )
     lgp_single_rows: int | None = _setting(

@@ -1,8 +1,8 @@
-"""Train the models of this folder with the example script, and keep their cards, figures and results.
+"""Train the models of this folder with the example script, and keep their cards and results.
 
     python model_cards/make_cards.py --cifar10 FOLDER_WITH_PARQUET_FILES [NAME ...]
 
-Every model gets a folder with the card as it would be pushed (``README.md``), the run's figure, and ``results.json``: command, metrics, log and
+Every model gets a folder with the card as it would be pushed (``README.md``), and ``results.json``: command, metrics, log and
 environment. ``tests/test_model_cards.py`` checks that cards and results agree. The weights are not kept.
 """
 
@@ -62,7 +62,7 @@ def train(name: str, where: Path) -> Path:
 
 
 def keep(name: str, output: Path) -> None:
-    """Keep card, figure and results of a finished run."""
+    """Keep card and results of a finished run."""
     target = HERE / name
     target.mkdir(exist_ok=True)
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))

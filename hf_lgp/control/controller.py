@@ -3,7 +3,7 @@
 An automatic run goes through three stages. *Exact*: its first eight micro-batches, or more, in which plain steps are timed against those whose last block is run on the first
 row only, and the residual's share of the variance is measured, once if that promises much. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
 micro-batches, so that its time is known; the share is measured more often. *Predicting*: it is followed as long as its measured price is the best; now and then a
-micro-batch measures the share, and a plain one is timed. Before it is given up, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
+micro-batch measures the share, and a plain one is timed. Before it is given up because it no longer pays, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
 Where the share is too large for small fractions, it is measured with twice as many rows followed, and twice as many again.
 """
 

@@ -19,7 +19,6 @@ _INTRODUCTION = (
     "([arXiv 2511.05187](https://arxiv.org/abs/2511.05187))."
 )
 
-
 BIBTEX = f"""\
 @article{{ciosek2025linear,
   title         = {{Linear Gradient Prediction with Control Variates}},
@@ -65,6 +64,8 @@ def section(
 
 def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
     fractions = series(readings, "lgp/fraction")[1]
+    if set(fractions) == {1.0}:
+        return "In this run every gradient was exact: predictions did not pay, or the run was too short to tell."
     spans = [f"{f:.4g} in {fractions.count(f) / len(fractions):.0%}" for f in sorted(set(fractions), reverse=True)]
     lines = [f"control fraction: {', '.join(spans)} of the log's entries"]
     if explained := series(readings, "lgp/variance_explained")[1]:
