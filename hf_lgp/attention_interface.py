@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .rows.parts import AttentionFunction
+from .sealed import SpliceError
+
+_UNKNOWN = "softcap", "s_aux"
+"""Options of attention that predictions do without, and exact gradients cannot."""
 
 
 @contextmanager
@@ -46,6 +50,8 @@ def intercepted_attention(function: AttentionFunction) -> Iterator[None]:
             mask = mask[:, None, None].bool()
         else:
             causal = causal and mask is None
+        if getattr(function, "exact", False) and any(options.get(name) is not None for name in _UNKNOWN):
+            raise SpliceError("its attention does more than a softmax of products and masks")
         masks = tuple(m for m in (mask, options.get("position_bias")) if m is not None)
         window = options.get("sliding_window")
         if isinstance(window, int) and implementation not in ("eager", "sdpa"):  # for which it is in the mask

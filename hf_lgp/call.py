@@ -184,6 +184,7 @@ class Call:
             return None, of_parameters
         if of_h0 is None:
             return arrived[0] if len(arrived) == 1 else torch.cat(arrived), of_parameters
+        of_h0 = of_h0.to(self.h0.dtype)
         for stream, rows in zip(self.control, arrived, strict=True):
             of_h0[stream.examples] += rows
         return of_h0.index_select(0, self.inverse), of_parameters
@@ -193,11 +194,15 @@ class Call:
     ) -> dict[int, Tensor | None]:
         """Compare a block's gradients group by group, and those of the rows that entered the first; gives the sums of the exact ones."""
         later = {id(p) for part in self.parts[self.first : step.index] for p in part.block.parameters()}
-        sums = comparison.add(exact, step.own, later)
+        # The same tensors in every process, whatever its examples reach.
+        whole = {
+            k: self.leaves[k].new_zeros(groups, *self.leaves[k].shape) if g is None else g for k, g in exact.items()
+        }
+        sums = comparison.add(whole, step.own, later)
         if step.index == self.first and of_rows is not None and step.of_hidden is not None:
             one, other = (t.unflatten(0, (groups, -1)).sum(1) for t in (of_rows, step.of_hidden))
             comparison.add({0: one}, {0: other}, ())
-        return {key: sums.get(key) for key in exact}
+        return {key: None if g is None else sums.get(key) for key, g in exact.items()}
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:

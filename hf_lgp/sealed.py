@@ -14,7 +14,13 @@ from torch import Tensor
 
 
 class SpliceError(RuntimeError):
-    """A model uses its stack of blocks in a way in which it cannot be spliced; the message says which."""
+    """A model uses its stack of blocks in a way in which it cannot be spliced; the message says which.
+
+    Attributes:
+        in_backward: Whether some parameters may have gradients of the step by now.
+    """
+
+    in_backward = False
 
 
 _ATTRIBUTES = "shape dtype device requires_grad is_cuda ndim layout grad_fn is_leaf is_sparse"

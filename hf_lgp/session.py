@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .control.clock import Lap, mark
 from .control.controller import PERIOD, Controller, Rules
-from .control.exchange import holds_everywhere, mean_over_processes, processes
+from .control.exchange import mean_over_processes, processes, same_everywhere
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
 from .estimator import control_size
@@ -31,6 +31,7 @@ class _Reading:
     at: int
     size: float
     lap: Lap
+    whole: bool  # whether it had about as many examples as others: the last of an epoch may have few, and costs more for each
     spreads: tuple[GroupSpread, ...]
 
 
@@ -76,11 +77,15 @@ class Session:
 
     def use(self, method: Method | None, refused: str | None, trained: int = 0) -> str | None:
         """Predict with a method from here on, or not at all, for a reason; all processes end up with the same."""
-        if processes() > 1 and not holds_everywhere(method is not None, self.device):
-            method, refused = None, refused or "it failed the check in another process"
+        found = [float(method is not None), float(method is not None and method.has_first_row), float(trained)]
+        if processes() > 1 and not same_everywhere(found, self.device):
+            method, refused = None, refused or "the check came to something else in another process"
         self.method, self.refused, self._trained = method, refused, trained
         if method is not None and self._learnt:
-            method.load_state_dict(self._learnt)
+            try:
+                method.load_state_dict(self._learnt)
+            except (KeyError, ValueError):  # of other settings: learnt anew
+                self.controller = Controller()
         self._learnt = None
         return refused
 
@@ -100,6 +105,11 @@ class Session:
         if plan.plain and not self.method.learns:
             return plan
         return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
+
+    @property
+    def first_of_step(self) -> bool:
+        """Whether the latest micro-batch is the first of its optimizer step."""
+        return self._position[1] == 0
 
     @property
     def rests(self) -> bool:
@@ -132,7 +142,8 @@ class Session:
         self._count(*self._latest[-1])
         if self.method is not None and self.refused is None:
             kind = replace(plan, seed=0)
-            self._readings.append(_Reading(kind, self.controller.seen, size, lap, tuple(spreads)))
+            whole = 2 * examples > self.controller.size
+            self._readings.append(_Reading(kind, self.controller.seen, size, lap, whole, tuple(spreads)))
             self.controller = self.controller.advanced(examples, plan)
 
     def _count(self, kind: str, exact: int, predicted: int, sign: int = 1) -> None:
@@ -149,7 +160,7 @@ class Session:
 
     def _decide(self, step: int) -> None:
         """Read what is due and choose. On a GPU that is of the time before last: it has arrived, so nothing waits."""
-        if self.controller.seen % PERIOD or not self._readings:
+        if self.controller.seen % PERIOD:
             return
         if self.device.type == "cuda":
             self._absorb_staged()
@@ -158,7 +169,7 @@ class Session:
                 host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
                 self._staged = self._waiting, host, mark(self.device)
             self._waiting = self._readings
-        else:
+        elif self._readings:
             self._absorb(self._readings, mean_over_processes(self._numbers(self._readings)))
         self._readings = []
         self.controller = self.controller.decided(self.rules, step)
@@ -182,16 +193,22 @@ class Session:
         values, controller = numbers.tolist(), self.controller
         units, values = values[: len(readings)], values[len(readings) :]
         for reading, unit in zip(readings, units, strict=True):
-            controller = controller.timed(reading.plan, unit, reading.at)
-            controller = controller.accounted(reading.plan, unit, reading.size)
+            if reading.whole:
+                controller = controller.timed(reading.plan, unit, reading.at)
+                controller = controller.accounted(reading.plan, unit, reading.size)
             residual: list[float] = []
             total: list[float] = []
             for spread in reading.spreads:
                 n = len(spread.total)
                 residual, total, values = residual + values[:n], total + values[n : 2 * n], values[2 * n :]
-            if total:
+            if total and reading.whole:
                 controller = controller.measured(residual, total, reading.plan.measure, reading.at, reading.plan.rows)
         self.controller = controller
+
+    @property
+    def _measured(self) -> list[Any]:
+        """What shares of variance were measured of: others tell nothing of it."""
+        return [self.settings.predictor == "linear", *self.settings.rows]
 
     def figures(self) -> dict[str, float]:
         """What to log, by name: the fraction alone while nothing is predicted."""
@@ -228,7 +245,8 @@ class Session:
         if readings := self._waiting + self._readings:
             self._absorb(readings, mean_over_processes(self._numbers(readings)))
         self._waiting, self._readings = [], []
-        state = {"controller": asdict(self.controller), "steps": self.steps, "examples": self.examples}
+        state = {"controller": asdict(self.controller), "measured": self._measured}
+        state |= {"steps": self.steps, "examples": self.examples}
         return ({} if self.method is None else self.method.state_dict()), state
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -238,6 +256,8 @@ class Session:
             KeyError, TypeError: If the state is another version's.
         """
         counts = [{name: int(numbers[kind][name]) for name in self.steps} for kind in ("steps", "examples")]
-        self.controller = Controller.from_state_dict(numbers["controller"])
+        controller = Controller.from_state_dict(numbers["controller"])
+        if numbers["measured"] == self._measured:
+            self.controller = controller.resumed()
         self.steps, self.examples = counts
         self._learnt, self._saved_before = tensors, self.controller.saved

@@ -41,7 +41,11 @@ class Spliced(torch.autograd.Function):
         if ctx.pull is None or torch.is_grad_enabled():
             raise SpliceError("its loss is differentiated twice")
         pull, ctx.pull = ctx.pull, None
-        of_h0, of_parameters = pull(delta)
+        try:
+            of_h0, of_parameters = pull(delta)
+        except SpliceError as error:
+            error.in_backward = True
+            raise
         return of_h0, None, None, *of_parameters
 
 

@@ -128,7 +128,8 @@ def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Calla
         seen.append({})
         with forward_replaced(*((p.block, note(seen[-1], p.block.forward)) for p in parts)):
             runs()
-    return frozenset(key for key, sizes in seen[0].items() if seen[1].get(key) == sizes)
+    # One entry may stand for all examples of this batch, and another batch have one for each.
+    return frozenset(key for key, sizes in seen[0].items() if seen[1].get(key) == sizes and set(sizes) != {1})
 
 
 @contextmanager

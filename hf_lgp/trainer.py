@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .attention_interface import intercepted_attention
 from .compatibility import refuse_incompatible
+from .control.exchange import holds_everywhere
 from .methods import Method, linear_predictor, row_walk
 from .renamed_weights import restore_renamed_weights
 from .report.figure_callback import FigureCallback
@@ -26,7 +28,7 @@ from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
 from .state_files import StateFileError, read_state, write_state
-from .verify import entries_of, evaluating, examples_of, few_of, unrandom
+from .verify import entries_of, evaluating, examples_of, few_of, unchanged, unrandom
 
 logger = library_logger()
 
@@ -93,12 +95,16 @@ class LGPTrainer(Trainer):
         if settings.control_fraction >= 1.0:
             return
         steps = self.state.max_steps * self.args.gradient_accumulation_steps
-        self._lgp = session = Session(settings, steps, self.args.device, self.args.process_index)
+        fresh = partial(Session, settings, steps, self.args.device, self.args.process_index)
+        self._lgp = fresh()
         if restored is not None:
             try:
-                session.load_state_dict(*restored)
+                self._lgp.load_state_dict(*restored)
             except (KeyError, TypeError, ValueError) as error:
+                restored = None
                 logger.warning(f"The checkpoint's LGP state is of another version ({error!r}): it is measured anew.")
+        if self.args.world_size > 1 and not holds_everywhere(restored is not None, self.args.device):
+            self._lgp = fresh()  # some nodes may not have the checkpoint's folder
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -130,9 +136,13 @@ class LGPTrainer(Trainer):
         except SpliceError as error:
             if self.args.world_size > 1:  # the other processes would wait for this one
                 raise RuntimeError(f"Of this model, {error}. Use `lgp_control_fraction=1` to train exactly.") from error
+            if error.in_backward and not session.first_of_step:
+                raise RuntimeError(f"Gradients of this step are incomplete: of this model, {error}.") from error
             failed = f"{error}"
         if failed is not None:  # the error would keep what the step held
             session.refused = failed
+            if session.first_of_step:
+                model.zero_grad()  # the backward may have begun
             logger.warning(f"LGPTrainer trains exactly from step {self.state.global_step} on: of this model, {failed}.")
             return LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
         # A forward pass is a third of a step by operation count.
@@ -169,11 +179,12 @@ class LGPTrainer(Trainer):
                 examples = examples_of(batch)
                 # Some losses want a whole batch.
                 budget = RowBudget(*settings.rows)
-                count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                 run: Run = run_eagerly
                 if self.args.torch_compile:
                     run = Compiled(self.args.torch_compile_backend, self.args.torch_compile_mode)
-                method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
+                with unchanged(model):
+                    count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
+                    method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
         except UnknownBlock as error:
             reason, needed = str(error), not isinstance(error, NothingTrained)
         except Exception as error:

@@ -78,20 +78,16 @@ def verified(
         if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
         vectorized = same(stacks, by_group, 4.0) is None  # `torch.vmap` has many ways to refuse
-        for part in (part for stack in stacks for part in stack.parts):
-            part.block.train()  # where some do what they do not do in evaluation
-        held = [(b, b.clone(), m, name) for s in stacks for p in s.parts for m, name, b in _buffers(p.block)]
-        moved = []
-        try:
-            for plan in (StepPlan(0.5, first_row=True), *[by_group] * vectorized):
-                try:
-                    run(stacks, plan)
-                except UnknownBlock:
-                    vectorized = False
-        finally:  # also where memory runs out
-            for buffer, before, module, name in held:
-                moved += [name] if module._buffers[name] is not buffer or not torch.equal(buffer, before) else []
-                module._buffers[name] = buffer.copy_(before)
+        model.train()  # some do what they do not do in evaluation; with one stream, random numbers are drawn as by the model
+        with unchanged(*(part.block for stack in stacks for part in stack.parts)) as moved:
+            plain, exact = run((), StepPlan(all_control=True))
+            if (reason := same(stacks, StepPlan(all_control=True))) is not None:
+                raise UnknownBlock(reason)
+            run(stacks, StepPlan(0.5, first_row=True))
+            try:
+                run(stacks, by_group) if vectorized else None
+            except UnknownBlock:
+                vectorized = False
         if moved:
             raise UnknownBlock(f"its blocks keep statistics of what passes through them, `{moved[0]}`")
     return tuple(stacks), replace(how, vectorized=vectorized)
@@ -112,9 +108,18 @@ def refusing() -> Iterator[None]:
         raise UnknownBlock(f"running it in parts raises {type(error).__name__}: {error}") from error
 
 
-def _buffers(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in block.modules():
-        yield from ((module, name, held) for name, held in module._buffers.items() if held is not None)
+@contextmanager
+def unchanged(*modules: nn.Module) -> Iterator[list[str]]:
+    """A context after which buffers are what they were; names those that were not."""
+    each = [(m, name, b) for module in modules for m in module.modules() for name, b in m._buffers.items()]
+    held = [(m, name, b, b.clone()) for m, name, b in each if b is not None]
+    moved: list[str] = []
+    try:
+        yield moved
+    finally:  # also where memory runs out
+        for module, name, buffer, before in held:
+            moved += [name] if module._buffers[name] is not buffer or not torch.equal(buffer, before) else []
+            module._buffers[name] = buffer.copy_(before)
 
 
 def _close(value: Tensor, expected: Tensor, allowed: float) -> bool:

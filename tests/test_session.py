@@ -119,6 +119,48 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> Non
     assert (one.seen, one.residuals) == (other.seen, other.residuals)
 
 
+@pytest.mark.parametrize("every", [8, 16])
+def test_saving_where_decisions_are_made_puts_none_off(every: int) -> None:
+    session, _ = session_of(variance_budget=0, exact_steps=0)
+    for start in range(0, 80, every):
+        run(session, start, start + every)
+        session.state_dict()
+    assert session.controller.asked_at or session.controller.fraction < 1.0
+
+
+def test_what_was_measured_of_another_predictor_is_forgotten() -> None:
+    first, _ = session_of(exact_steps=0)
+    run(first, 0, 40)
+    tensors, numbers = first.state_dict()
+    for settings, seen in ((LGPSettings(), 40), (LGPSettings(groups=4), 0), (LGPSettings(predictor="linear"), 0)):
+        second = Session(settings, 400, CPU)
+        second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
+        assert second.controller.seen == seen and second.steps == first.steps
+
+
+def test_what_was_learnt_with_other_settings_is_learnt_anew() -> None:
+    class Refusing(Noted):
+        def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+            raise ValueError("another window")
+
+    first, _ = session_of()
+    run(first, 0, 20)
+    second = Session(LGPSettings(), 400, CPU)
+    second.load_state_dict(*first.state_dict())
+    assert second.use(Refusing(), None) is None and second.controller.seen == 0
+
+
+def test_small_last_batches_tell_nothing_of_times_and_shares() -> None:
+    session, _ = session_of()
+    run(session, 0, 7)
+    plan = StepPlan(measure=8)
+    with session.step(plan, 3, 10.0):
+        pass
+    run(session, 8, 9)
+    assert session.controller.times.count(plan) == 0 and session.controller.measurements == 0
+    assert session.examples["exact"] == 8 * 16 + 3
+
+
 def test_the_state_of_another_version_is_refused() -> None:
     with pytest.raises(KeyError):
         Session(LGPSettings(), 400, CPU).load_state_dict({}, {"seen": 3, "lookout": {}})

@@ -106,10 +106,10 @@ class Controller:
             due = self.seen % (4 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0  # nothing is decided by it
             return StepPlan(fraction, groups * due, rules.first_row)
         if self.seen % CLEAN_EVERY == CLEAN_EVERY - 1:
-            return self.times.exact_plan if self.seen // CLEAN_EVERY % 2 else StepPlan()
+            return StepPlan(first_row=rules.first_row and self.seen // CLEAN_EVERY % 2 == 1)
         if step < rules.exact_steps or self.fraction >= 1.0:
             return self._exact_step(rules, (rules.exact_steps - step) * accumulation, groups)
-        if self.comparing and self.seen % 2:
+        if self.comparing and self._odd:
             return self.times.exact_plan
         few = self.measurements < _MEASUREMENTS and not self._dear(_MEASUREMENTS, rules.steps)
         due = self.seen - self.changed_at >= _SETTLING and self.seen % (_OFTEN if few else MEASURE_EVERY) == 0
@@ -124,7 +124,7 @@ class Controller:
         """An exact step, of which ``left`` are left at the start of the run: one that times or measures something, if that is due."""
         exact = self.times.exact_plan
         comparing = rules.first_row and self.seen < 2 * PERIOD  # in turns, to compare their times
-        ordinary = StepPlan(first_row=self.seen % 2 == 1) if comparing else exact
+        ordinary = StepPlan(first_row=self._odd) if comparing else exact
         if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < self.look_at:
             return ordinary
         left_before_decision = PERIOD - self.seen % PERIOD
@@ -140,13 +140,21 @@ class Controller:
         if comparing or self._hopeless:
             return ordinary
         # Readings may come late: only if they did not after a while, more is measured.
-        due = self._unknown(rules) and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted
+        due = self._unknown(rules) and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted(rules)
         return replace(exact, measure=groups, rows=self.rows) if due else exact
 
     @property
-    def _wanted(self) -> int:
-        """Measurements wanted before a choice."""
-        return _LOOKS if self.look_at else _MORE if self.rows else _MEASUREMENTS
+    def _odd(self) -> bool:
+        """Every other micro-batch, but in step with nothing that recurs, such as the exchange of gradients between processes."""
+        return self.seen.bit_count() % 2 == 1
+
+    def _wanted(self, rules: Rules) -> int:
+        """Measurements wanted before a choice; more of a look, where few of them leave open what the budget allows."""
+        share = self.residual_share
+        open_still = any(
+            relative_variance(f, share) <= rules.budget and not self.allows(rules, f, self.rows) for f in FRACTIONS
+        )
+        return (_MORE if open_still else _LOOKS) if self.look_at else _MORE if self.rows else _MEASUREMENTS
 
     def _unknown(self, rules: Rules) -> bool:
         """Whether too little was measured with the present number of rows, since the look began if there is one."""
@@ -155,7 +163,7 @@ class Controller:
             return True
         # One is enough where even a share far below would allow no fraction, or one far above would let predictions pay.
         hopes = relative_variance(max(FRACTIONS), known.share / _WRONG) <= rules.budget
-        return known.count < self._wanted and hopes and not self._promises(rules, _WRONG * known.share)
+        return known.count < self._wanted(rules) and hopes and not self._promises(rules, _WRONG * known.share)
 
     def _promises(self, rules: Rules, share: float) -> bool:
         """Whether predictions would pay with such a share."""
@@ -191,9 +199,13 @@ class Controller:
     def measured(
         self, residual: Sequence[float], total: Sequence[float], groups: int, at: int, rows: int = 0
     ) -> Controller:
-        """With one more measurement, by tensor, of so many groups and rows, made at micro-batch ``at``; that of too few groups tells nothing."""
-        if groups < GROUPS or rows >= len(self.residuals) or not all(map(math.isfinite, (*residual, *total))):
+        """With one more measurement, by tensor, of so many groups and rows, made at micro-batch ``at``; that of too few groups tells nothing.
+
+        A prediction that is not finite explains nothing.
+        """
+        if groups < GROUPS or rows >= len(self.residuals) or not all(map(math.isfinite, total)):
             return self
+        residual = [r if math.isfinite(r) else t for r, t in zip(residual, total, strict=True)]
         known = list(self.residuals)
         # A look begins anew: what was measured before would outweigh it.
         before = Residual() if known[rows].at < self.look_at <= at else known[rows]
@@ -209,7 +221,7 @@ class Controller:
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
         if self._rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
             return replace(self, asked_at=self.seen).decided(rules, step)
-        if rules.fraction or step < rules.exact_steps or not self.times.count(StepPlan()):
+        if rules.fraction or step < rules.exact_steps or not self.times.count(StepPlan()) or not self.size:
             return self
         present_plan = self.times.predicted_plan(self.fraction, self.rows)
         judged = (present_plan, self.times.exact_plan) if self.comparing else (present_plan,)
@@ -245,7 +257,8 @@ class Controller:
             best, rows = self.fraction, self.rows
         if best >= 1.0 and self.fraction in allowed and not self.comparing:
             # The machine may have slowed down since exact steps were timed.
-            return replace(self, comparing=True, times=self.times.last_only(self.times.exact_plan, present_plan))
+            kinds = StepPlan(), StepPlan(first_row=True), present_plan
+            return replace(self, comparing=True, times=self.times.last_only(*kinds))
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
@@ -260,23 +273,38 @@ class Controller:
         return (len(shares) == 1 or shares[-1] < _HELPS * shares[-2]) and not self._dear(_MORE, rules.steps)
 
     def _waiting(self, given_up: bool) -> Controller:
-        """Exact from here on, until a look; times of what was given up are forgotten once the wait is long: the machine may have been busy."""
-        wait = _HOPELESS_LOOK if self._hopeless else self.look_after
+        """Exact from here on, until a look, each with another number of rows; times of predictions are forgotten once the wait is long: the machine may have been busy."""
+        # What paid for long may do so again soon.
+        after = _FIRST_LOOK if given_up and self.seen - self.changed_at >= self.look_after else self.look_after
+        wait = _HOPELESS_LOOK if self._hopeless else after
         while wait < _HOPELESS_LOOK and replace(self, seen=wait)._dear(_LOOKS, 0):
             wait *= 2
         # Looks end where decisions are made.
         look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
-        old = not given_up and self.look_after >= 8 * _FIRST_LOOK
+        old = self._hopeless or (not given_up and after >= 8 * _FIRST_LOOK)
         times = self.times.of_exact_steps() if old else self.times
         return replace(
             self,
             fraction=1.0,
+            rows=self.rows if given_up else (self.rows + 1) % len(self.residuals),
             comparing=False,
             changed_at=self.seen if given_up else self.changed_at,
             look_at=look_at,
             asked_at=look_at,
-            look_after=min(_LAST_LOOK, 2 * self.look_after),
+            look_after=min(_LAST_LOOK, 2 * after),
             times=times.unrehearsed() if self._hopeless else times,
+        )
+
+    def resumed(self) -> Controller:
+        """At the start of a run that goes on: the machine may be another, and so may be the size of micro-batches."""
+        look_at = min(self.look_at, (self.seen // PERIOD + 2) * PERIOD - _LOOKS)
+        return replace(
+            self,
+            times=self.times.last_only(),
+            comparing=self.fraction < 1.0,
+            look_at=look_at,
+            asked_at=look_at or self.asked_at,
+            size=0,
         )
 
     def accounted(self, plan: StepPlan, unit: float, size: float) -> Controller:

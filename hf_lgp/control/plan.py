@@ -52,6 +52,8 @@ def draw_order(examples: int, seed: int, device: torch.device) -> tuple[Tensor, 
     both = torch.stack([order, order.argsort()])
     if device.type == "cuda":
         both = both.pin_memory().to(device, non_blocking=True)
+    elif device.type != "cpu":
+        both = both.to(device)
     return both[0], both[1]
 
 

@@ -37,7 +37,7 @@ class Residual:
         fade = math.exp((self.at - at) / _MEMORY) if len(self.total) == len(total) else 0.0
         before = list(zip(self.residual, self.total, strict=True)) if fade else [(0.0, 0.0)] * len(total)
         sums = [(fade * r0 + r, fade * t0 + t) for (r0, t0), r, t in zip(before, residual, total, strict=True)]
-        return Residual(tuple(r for r, _ in sums), tuple(t for _, t in sums), self.count + 1, at)
+        return Residual(tuple(r for r, _ in sums), tuple(t for _, t in sums), self.count + 1 if fade else 1, at)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Residual:

@@ -102,8 +102,8 @@ class StepTimes:
         return replace(later, first_row=first is not None and plain is not None and first < plain)
 
     def last_only(self, *plans: StepPlan) -> StepTimes:
-        """Without all but the last time of some kinds of steps."""
-        kinds = {_kind(plan) for plan in plans}
+        """Without all but the last time of some kinds of steps, or of all."""
+        kinds = {_kind(plan) for plan in plans} or set(self.latest)
         return replace(self, latest={k: times[-1:] if k in kinds else times for k, times in self.latest.items()})
 
     def unrehearsed(self) -> StepTimes:

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..call import Observed
 from ..control.plan import StepPlan
-from ..rows.parts import UnknownBlock, forward_replaced
+from ..rows.parts import NothingTrained, UnknownBlock, forward_replaced
+from ..sealed import SpliceError
 from .call import TrunkCall
 from .factored import find_layers
 from .predictor import LinearPredictor
@@ -29,6 +30,8 @@ def find_trunk(model: nn.Module) -> nn.Module:
         raise UnknownBlock("it does not say by `base_model_prefix` which of its modules is its trunk")
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trunk.modules()):
         raise UnknownBlock("a BatchNorm in its trunk couples the examples of a batch")
+    if not any(p.requires_grad for p in trunk.parameters()):
+        raise NothingTrained("nothing in its trunk is trained, so there is no gradient to predict")
     if not find_layers(trunk):
         raise UnknownBlock("no linear layer, layer norm or convolution of its trunk is trained")
     return trunk
@@ -47,6 +50,10 @@ def spliced_trunk(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
+            if [id(p) for p in trunk.parameters() if p.requires_grad] != [id(p) for p in predictor.parameters]:
+                raise SpliceError("other parameters of its trunk are trained than at the start")
+            if any(p._backward_hooks for p in predictor.parameters):
+                raise SpliceError("parameters of its trunk have hooks, which would run twice")
             return TrunkCall(predictor, plan, next(numbers), observed, args, kwargs).run(forward)
         return forward(*args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -126,6 +126,7 @@ def run_rows(
         on_all = True
         return map_tensors(of_few, attention(*args, **kwargs))
 
+    attend_rows.exact = exact  # type: ignore[attr-defined]
     attention = parts.attention.forward
     replaced: list[tuple[nn.Module, _Forward]] = [
         (d, meeting(d.forward if exact else lambda rows: rows, _dropout_of_rows(d, notes.stream.kept.get(k, ()))))
@@ -144,8 +145,10 @@ def run_rows(
     # What is folded need not be made.
     unmade = (p for p in (key, value) if p is not None and p.alone and (folds or p is value))
     replaced += [(p.module, _unmade(p.shape[0] * p.shape[1])) for p in unmade]
-    few_need_no_checkpoint = patch.object(parts.block, "gradient_checkpointing", False, create=True)
-    with forward_replaced(*replaced), few_need_no_checkpoint, intercept(attend_rows):
+    with ExitStack() as few_need_no_checkpoint, forward_replaced(*replaced), intercept(attend_rows):
+        for module in parts.block.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                few_need_no_checkpoint.enter_context(patch.object(module, "gradient_checkpointing", False))
         # Its class's forward, not one that was put in its place.
         return type(parts.block).forward(parts.block, rows, *notes.args, **notes.kwargs)
 

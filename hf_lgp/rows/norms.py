@@ -55,8 +55,10 @@ def noted_norm(norm: Norm, rows: Tensor) -> tuple[Tensor, Tensor]:
     if rows.dtype.itemsize < 4 and torch.is_autocast_enabled(rows.device.type):  # whose dtype for the output is its own
         scale = torch.native_layer_norm(rows.detach().float(), module.normalized_shape, None, None, module.eps)[2]
         return F.layer_norm(rows, module.normalized_shape, module.weight, module.bias, module.eps), scale
-    out, _, scale = torch.native_layer_norm(rows, module.normalized_shape, module.weight, module.bias, module.eps)
-    return out, scale.detach()
+    # CUDA knows no norm of rows with weights of another type.
+    wide = rows if module.weight is None else rows.to(module.weight.dtype)
+    out, _, scale = torch.native_layer_norm(wide, module.normalized_shape, module.weight, module.bias, module.eps)
+    return out.to(rows.dtype), scale.detach()
 
 
 def norm_of_means(norm: Norm, rows: Tensor, scale: Tensor) -> Tensor:

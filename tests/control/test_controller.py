@@ -100,6 +100,61 @@ def test_a_machine_that_slows_down_is_no_reason_to_give_up() -> None:
     assert sum(plan.fraction < 1.0 for plan in plans[100:]) > 430
 
 
+def test_a_machine_that_slows_down_is_no_reason_to_give_up_the_last_block_on_one_row() -> None:
+    calls = count()
+
+    def slowing(plan: StepPlan) -> float:
+        return compute_bound(plan) * (1.0 if next(calls) < 600 else 2.0)
+
+    controller, plans, _ = simulate(1200, slowing, lambda at: 0.02, replace(RULES, first_row=True))
+    assert controller.fraction < 1.0 and controller.times.first_row
+    assert sum(plan.fraction < 1.0 for plan in plans[600:]) > 540
+
+
+def test_predictions_come_back_when_the_machine_has_recovered() -> None:
+    """Dear for a while, they are given up; a look times them anew instead of trusting old times."""
+    calls = count()
+
+    def contended(plan: StepPlan) -> float:
+        busy = 200 <= next(calls) < 500 and plan.fraction < 1.0
+        return 3.0 if busy else compute_bound(plan)
+
+    plans = simulate(6000, contended, lambda at: 0.02)[1]
+    assert all(plan.fraction == 1.0 for plan in plans[400:4000] if not plan.measure)
+    assert sum(plan.fraction < 1.0 for plan in plans[5000:]) > 900
+
+
+def test_looks_try_few_rows_again() -> None:
+    """Many rows explained enough and were too dear; later few rows explain enough."""
+    rules = replace(RULES, doublings=2)
+    plans = simulate(4000, with_more_rows(0.5), lambda at: 0.15 if at < 500 else 0.01, rules, smaller=0.4)[1]
+    assert not any(plan.fraction < 1.0 for plan in plans[:500])
+    assert all(
+        plan.fraction < 1.0 and plan.rows == 0 for plan in plans[-60:-1] if plan != StepPlan() and not plan.measure
+    )
+    assert sum(plan.fraction < 1.0 for plan in plans) > 500
+
+
+def test_a_run_that_goes_on_trusts_little_of_what_was_timed() -> None:
+    before = simulate(1000, compute_bound, lambda at: 0.02)[0]
+    after = before.resumed()
+    assert after.fraction == before.fraction and after.comparing and after.size == 0
+    assert {len(times) for times in after.times.latest.values()} == {1}
+    waiting = simulate(1000, overhead_bound, lambda at: 0.02)[0]
+    assert waiting.look_at > waiting.seen + 2 * PERIOD and not waiting.resumed().rests(RULES)
+
+
+def test_predictions_that_are_not_finite_explain_nothing() -> None:
+    controller = Controller().measured([math.nan, 0.1], [1.0, 1.0], 8, 7)
+    assert controller.measurements == 1 and controller.residual_share == pytest.approx(0.55)
+    assert Controller().measured([0.1], [math.inf], 8, 7).measurements == 0
+
+
+def test_measurements_of_other_tensors_begin_anew() -> None:
+    known = Residual((0.1,) * 3, (1.0,) * 3, 8, 10)
+    assert known.measured([0.1], [1.0], 20).count == 1 and known.measured([0.1] * 3, [1.0] * 3, 20).count == 9
+
+
 def test_a_better_prediction_allows_a_smaller_fraction() -> None:
     assert simulate(1000, compute_bound, lambda at: 0.005)[0].fraction == 0.0625
     assert simulate(1000, compute_bound, lambda at: 0.02, replace(RULES, budget=math.inf))[0].fraction == 0.125
@@ -271,7 +326,7 @@ def test_sums_are_averaged_before_they_are_divided_and_old_ones_fade() -> None:
 
 
 def test_measurements_that_are_not_finite_are_left_out() -> None:
-    assert Controller().measured([math.nan], [1.0], 8, 0).measurements == 0
+    assert Controller().measured([0.1], [math.nan], 8, 0).measurements == 0
     assert Controller().measured([0.1], [1.0], 2, 0).measurements == 0, "two groups tell nothing"
 
 

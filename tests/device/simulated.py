@@ -147,6 +147,8 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         own["device"] = CPU
     own.pop("pin_memory", None)
     given = tree_map(_held, args)
+    if name == "native_layer_norm" and len({t.dtype for t in given if isinstance(t, Tensor)}) > 1:  # a CPU mixes them
+        raise RuntimeError("expected all tensors of a layer norm to have one dtype")
     if name == "_softmax" and given[2]:  # in float32 of half precision, which a CPU does not know
         given = given[0].float(), given[1], False
     out = func(*given, **own)

@@ -11,7 +11,7 @@ from hf_lgp.control.plan import StepPlan
 from hf_lgp.linear import call
 from hf_lgp.linear.predictor import LinearPredictor
 from hf_lgp.linear.trunk import find_trunk, spliced_trunk
-from hf_lgp.rows.parts import UnknownBlock
+from hf_lgp.rows.parts import NothingTrained, UnknownBlock
 from hf_lgp.sealed import SpliceError
 
 
@@ -143,3 +143,30 @@ def test_two_calls_of_a_trunk_in_one_step():
     with spliced_trunk(find_trunk(model), StepPlan(measure=4), predictor):
         both = model(**inputs).loss + model(**other).loss
         assert _distance(torch.autograd.grad(both, list(model.parameters())), exact) < 1e-10
+
+
+def test_what_is_trained_later_ends_predictions():
+    model = tiny(next(iter(IMAGES)))
+    trunk = find_trunk(model)
+    frozen = next(trunk.parameters()).requires_grad_(False)
+    predictor = LinearPredictor(trunk, window=8, rank=2)
+    frozen.requires_grad_()
+    with pytest.raises(SpliceError, match="other parameters"), spliced_trunk(trunk, StepPlan(0.5), predictor):
+        gradient(model, batch(4, 0))
+
+
+def test_hooks_of_parameters_are_refused_since_they_would_run_twice():
+    model = tiny(next(iter(IMAGES)))
+    trunk = find_trunk(model)
+    next(trunk.parameters()).register_hook(lambda g: 0.1 * g)
+    predictor = LinearPredictor(trunk, window=8, rank=2)
+    with pytest.raises(SpliceError, match="hooks"), spliced_trunk(trunk, StepPlan(0.5), predictor):
+        gradient(model, batch(4, 0))
+
+
+def test_a_frozen_trunk_has_nothing_to_predict():
+    model = tiny(next(iter(IMAGES)))
+    for parameter in find_trunk(model).parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(NothingTrained):
+        find_trunk(model)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_lgp import LGPTrainer
+from hf_lgp.call import Call
 from hf_lgp.control.controller import Controller
+from hf_lgp.sealed import SpliceError
 
 DATA = TinyImages(32, dtype=torch.float32)
 
@@ -64,7 +66,7 @@ def test_it_is_trained_exactly(build: Build, reason: str, tmp_path: Path, caplog
 def predicting_soon(fraction: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a run that predicts, by a fixed fraction or because the automatic choice says so after eight steps."""
     if fraction == 0.0:
-        monkeypatch.setattr(Controller, "decided", lambda self, rules, step: replace(self, fraction=0.5))
+        monkeypatch.setattr(Controller, "decided", lambda self, *_: replace(self, fraction=0.5 if self.seen else 1.0))
     return {"lgp_control_fraction": fraction, "lgp_exact_steps": 0, "max_steps": 12}
 
 
@@ -123,18 +125,89 @@ class Skipping(nn.Module):
 DROPPING = {"in the loop": Leaving, "within blocks": lambda blocks: nn.ModuleList(map(Skipping, blocks))}
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.0])
 @pytest.mark.parametrize("how", DROPPING)
-def test_blocks_left_out_at_random_end_predictions_not_the_run(
-    how: str, fraction: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_blocks_left_out_at_random_are_seen_in_the_check(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_vit(torch.float32, num_hidden_layers=4)
     model.vit.layers = DROPPING[how](model.vit.layers)
-    args = arguments(tmp_path, **predicting_soon(fraction, monkeypatch))
+    args = arguments(tmp_path, max_steps=4, lgp_control_fraction=0.0)
     trainer = LGPTrainer(model, args, train_dataset=DATA)
     trainer.train()
-    assert trainer.state.global_step == 12 and sum(trainer._lgp_steps.values()) == 12
-    assert trainer._lgp_steps["exact"] > 0
+    assert trainer._lgp_steps == {"exact": 4, "predicted": 0}
     (warning,) = warnings_of(caplog)
-    assert "trains exactly from step" in warning
+    assert "trains exactly: " in warning
     assert not any("forward" in module.__dict__ for module in model.modules())
+    fixed = arguments(tmp_path, max_steps=4, lgp_control_fraction=0.5)
+    with pytest.raises(ValueError, match="cannot be predicted"):
+        LGPTrainer(model, fixed, train_dataset=DATA).train()
+
+
+class Aside(nn.Module):
+    """A part of a block that in training leaves a loss of its own on itself."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.loss = part, 0.0
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.part(rows)
+        if self.training:
+            self.loss = out.square().mean()
+        return out
+
+
+class WithSideLoss(nn.Module):
+    """A model that adds it to its loss."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.aside = model, Aside(model.vit.layers[1].mlp)
+        model.vit.layers[1].mlp = self.aside
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+        self.calls += 1
+        out = self.model(pixel_values=pixel_values, labels=labels)
+        return {"loss": out.loss + (self.aside.loss if self.training else 0.0), "logits": out.logits}
+
+
+def test_losses_that_appear_in_training_alone_are_seen_in_the_check(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = WithSideLoss(tiny_vit(torch.float32, num_hidden_layers=3))
+    args = arguments(tmp_path, max_steps=3, lgp_control_fraction=0.0)
+    trainer = LGPTrainer(model, args, train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps["predicted"] == 0 and "trains exactly: " in warnings_of(caplog)[0]
+    assert model.calls == 3, "the check leaves buffers as they were"
+
+
+def test_a_step_that_fails_in_the_backward_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(failing: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        class Watching(LGPTrainer):
+            def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+                loss = super().training_step(model, *args, **kwargs)
+                found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+                return loss
+
+        def pull(*_: Any) -> Any:
+            raise SpliceError("it fails")
+
+        args = arguments(tmp_path, max_steps=1, lgp_control_fraction=0.5 if failing else 1.0)
+        trainer = Watching(tiny_vit(torch.float32), args, train_dataset=DATA)
+        with monkeypatch.context() as patched:
+            begin = LGPTrainer._lgp_begin
+
+            def then_fail(self: Any, *arguments: Any) -> None:
+                begin(self, *arguments)
+                patched.setattr(Call, "_pull", pull)
+
+            patched.setattr(LGPTrainer, "_lgp_begin", then_fail)
+            trainer.train()
+        return found
+
+    exact, after = gradients(False), gradients(True)
+    assert all(torch.equal(exact[name], g) for name, g in after.items()) and exact.keys() == after.keys()
