@@ -169,6 +169,8 @@ def _arms(task: str, result: dict[str, Any]) -> str:
     for arm, figures in result["summary"]["arms"].items():
         taken = [cell["micro_batches"] for cell in result["cells"] if cell["arm"] == arm and cell["micro_batches"]]
         shares = [steps["predicted"] / max(1, sum(steps.values())) for steps in taken]
+        own, plain = by_seed(result["cells"], arm), by_seed(result["cells"], BASELINE)
+        loss = [own[s]["final"]["loss"] - plain[s]["final"]["loss"] for s in own if s in plain]
         rows.append(
             [
                 NAMES.get(arm, arm),
@@ -177,12 +179,19 @@ def _arms(task: str, result: dict[str, Any]) -> str:
                 ratio(figures["to_target"][result["summary"]["primary_target"]]),
                 ratio(figures["total_seconds"]),
                 f"{figures['final_accuracy']['mean']:.1%}",
+                with_error(statistics.fmean(loss), standard_error(loss), "+.3f"),
                 f"{figures['at_equal_time'][HALF_TIME]['difference']:+.1%}",
                 f"{figures['peak_memory_mib']:,.0f}",
             ]
         )
     header = [f"arm, {task}", "seeds", "steps with predictions", f"time to {result['summary']['primary_target']}"]
-    header += ["time of the whole run", "final accuracy", "at half of Trainer's time, against it", "peak memory, MiB"]
+    header += [
+        "time of the whole run",
+        "final accuracy",
+        "test loss against `Trainer`'s",
+        "at half of Trainer's time, against it",
+        "peak memory, MiB",
+    ]
     return table(header, rows) or ""
 
 
@@ -261,6 +270,27 @@ def ablation() -> str | None:
             )
     header = ["what an idea brings", "without it", "seeds", "time, in that of `LGPTrainer`, automatic"]
     return table([*header, "final accuracy, against it", "test loss, against it"], rows)
+
+
+def noise() -> str | None:
+    """What noise alone costs: against Trainer, seed by seed, predicted steps and exact ones with as much noise."""
+    rows = []
+    for task, result in runs_with("noise_*", BASELINE, "noise"):
+        plain = by_seed(result["cells"], BASELINE)
+        for arm in (name for name in result["summary"]["arms"] if name != BASELINE):
+            own = by_seed(result["cells"], arm)
+            pairs = [(cell["final"], plain[seed]["final"]) for seed, cell in own.items() if seed in plain]
+            off, loss = ([mine[n] - theirs[n] for mine, theirs in pairs] for n in ("accuracy", "loss"))
+            row = [f"{task}: {NAMES[arm]}", str(len(pairs))]
+            row += [with_error(statistics.fmean(off), standard_error(off), "+.2%")]
+            rows.append([*row, with_error(statistics.fmean(loss), standard_error(loss), "+.4f")])
+    header = [
+        "what noise costs, at equal epochs",
+        "seeds",
+        "final accuracy against `Trainer`'s",
+        "test loss against it",
+    ]
+    return table(header, rows)
 
 
 def predictability() -> str | None:
@@ -417,6 +447,7 @@ TABLES: dict[str, list[Callable[[], str | None]]] = {
         ablation,
         arms,
         equal_epochs,
+        noise,
         predictability,
         step_cost,
         versions,
