@@ -228,7 +228,9 @@ def _baselines(task: str, result: dict[str, Any]) -> str:
     """LGPTrainer against each of the others, seed by seed."""
     rows, arms, final = [], result["summary"]["arms"], {}
     for arm in (
-        name for name in (BASELINE, "first-row", "compressed", "small-batch", "infobatch", "lgp") if name in arms
+        name
+        for name in (BASELINE, "first-row", "compressed", "small-batch", "infobatch", "longer", "lgp")
+        if name in arms
     ):
         final[arm] = {seed: cell["final"]["accuracy"] for seed, cell in by_seed(result["cells"], arm).items()}
     for arm, accuracy in final.items():
