@@ -137,7 +137,7 @@ class Call:
         if len(left) > 1:
             value = value.new_empty(self.m, *value.shape[1:])
             for stream, rows in zip(self.streams, left, strict=True):
-                value.index_copy_(0, self.order[stream.examples], rows)
+                value.index_copy_(0, self.order[stream.examples], rows.to(value.dtype))
         return Spliced.apply(self.h0, lambda: value, self._pull, *self.parameters.values())
 
     def _needs_input(self, i: int) -> bool:

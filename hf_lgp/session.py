@@ -60,6 +60,7 @@ class Session:
         # Kind, exact and predicted examples of the micro-batches of this optimizer step.
         self._latest: list[tuple[str, int, int]] = []
         self._learnt: Mapping[str, Tensor] | None = None
+        self._entries = 0.0  # of the largest micro-batch
         self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 
     @property
@@ -85,7 +86,7 @@ class Session:
             try:
                 method.load_state_dict(self._learnt)
             except (KeyError, ValueError):  # of other settings: learnt anew
-                self.controller = Controller()
+                self.controller, self._saved_before = Controller(), 0.0
         self._learnt = None
         return refused
 
@@ -142,7 +143,8 @@ class Session:
         self._count(*self._latest[-1])
         if self.method is not None and self.refused is None:
             kind = replace(plan, seed=0)
-            whole = 2 * examples > self.controller.size
+            self._entries = max(self._entries, size)
+            whole = 2 * examples > self.controller.size or 2.0 * size > self._entries
             self._readings.append(_Reading(kind, self.controller.seen, size, lap, whole, tuple(spreads)))
             self.controller = self.controller.advanced(examples, plan)
 
@@ -186,14 +188,16 @@ class Session:
         units = [r.lap.seconds() / r.size for r in readings]
         spreads = [torch.cat([s.residual, s.total]) for r in readings for s in r.spreads]
         pinned = self.device.type == "cuda"  # or the copy would wait
-        times = torch.empty(len(units), pin_memory=pinned).copy_(torch.tensor(units))
+        wholes = [float(r.whole) for r in readings]
+        times = torch.empty(2 * len(units), pin_memory=pinned).copy_(torch.tensor([*units, *wholes]))
         return torch.cat([times.to(self.device, non_blocking=True), *spreads])
 
     def _absorb(self, readings: list[_Reading], numbers: Tensor) -> None:
         values, controller = numbers.tolist(), self.controller
-        units, values = values[: len(readings)], values[len(readings) :]
-        for reading, unit in zip(readings, units, strict=True):
-            if reading.whole:
+        n = len(readings)
+        units, wholes, values = values[:n], values[n : 2 * n], values[2 * n :]
+        for reading, unit, mean in zip(readings, units, wholes, strict=True):
+            if whole := mean > 0.5:  # in most processes
                 controller = controller.timed(reading.plan, unit, reading.at)
                 controller = controller.accounted(reading.plan, unit, reading.size)
             residual: list[float] = []
@@ -201,7 +205,7 @@ class Session:
             for spread in reading.spreads:
                 n = len(spread.total)
                 residual, total, values = residual + values[:n], total + values[n : 2 * n], values[2 * n :]
-            if total and reading.whole:
+            if total and whole:
                 controller = controller.measured(residual, total, reading.plan.measure, reading.at, reading.plan.rows)
         self.controller = controller
 

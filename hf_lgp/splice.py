@@ -39,7 +39,9 @@ class Spliced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         if ctx.pull is None or torch.is_grad_enabled():
-            raise SpliceError("its loss is differentiated twice")
+            error = SpliceError("its loss is differentiated twice")
+            error.in_backward = ctx.pull is None
+            raise error
         pull, ctx.pull = ctx.pull, None
         try:
             of_h0, of_parameters = pull(delta)

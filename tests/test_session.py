@@ -161,6 +161,15 @@ def test_small_last_batches_tell_nothing_of_times_and_shares() -> None:
     assert session.examples["exact"] == 8 * 16 + 3
 
 
+def test_batches_of_few_long_examples_are_timed() -> None:
+    """Batches of as much work each, whatever the number of examples."""
+    session, _ = session_of()
+    run(session, 0, 7, examples=64)
+    with session.step(StepPlan(), 8, 100.0):
+        pass
+    assert session._readings[-1].whole
+
+
 def test_the_state_of_another_version_is_refused() -> None:
     with pytest.raises(KeyError):
         Session(LGPSettings(), 400, CPU).load_state_dict({}, {"seen": 3, "lookout": {}})

@@ -73,7 +73,9 @@ def _factors(layer: Layer, x: Tensor, delta: Tensor, b: int) -> Factors:
 
 
 def _formed(gradients: Tensor) -> Factors:
-    return torch.eye(gradients.shape[1]).to(gradients).expand(len(gradients), -1, -1), gradients
+    return torch.eye(gradients.shape[1], dtype=gradients.dtype, device=gradients.device).expand(
+        len(gradients), -1, -1
+    ), gradients
 
 
 @contextmanager

@@ -32,6 +32,8 @@ def find_trunk(model: nn.Module) -> nn.Module:
         raise UnknownBlock("a BatchNorm in its trunk couples the examples of a batch")
     if not any(p.requires_grad for p in trunk.parameters()):
         raise NothingTrained("nothing in its trunk is trained, so there is no gradient to predict")
+    if any(p._backward_hooks for p in trunk.parameters()):
+        raise UnknownBlock("parameters of its trunk have hooks, which would run twice")
     if not find_layers(trunk):
         raise UnknownBlock("no linear layer, layer norm or convolution of its trunk is trained")
     return trunk

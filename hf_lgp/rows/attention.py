@@ -208,6 +208,7 @@ def rows_of_bias(
         total = total[:, :, :1]
     elif total.shape[2] > 1:
         top = total.amax((2, 3), keepdim=True).detach()
-        through = weights.mT.unsqueeze(1).to(total.dtype) @ (total - top).exp()
+        with torch.autocast(like.device.type, enabled=False):  # in half precision small weights would be none
+            through = weights.mT.unsqueeze(1).to(total.dtype) @ (total - top).exp()
         total = through.clamp_min(1e-30).log() + top  # whose gradient at 0 would be infinite
     return total.clamp_min(least).to(like.dtype)

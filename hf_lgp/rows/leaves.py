@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 Leaves = Mapping[int, Tensor]
@@ -103,7 +104,9 @@ def by_group(
             return function(*tensors)
 
     if vectorized:
-        with warnings.catch_warnings():
+        # The other kernels of CUDA keep nothing for a backward through `vmap`, whose tensors do not tell that they ask for a gradient.
+        kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+        with warnings.catch_warnings(), kernels:
             warnings.filterwarnings("ignore", "There is a performance drop")  # an operation in a loop is fast enough
             out = torch.vmap(one, randomness="different")(dict(leaves), *split)
     else:

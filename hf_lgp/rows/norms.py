@@ -56,8 +56,9 @@ def noted_norm(norm: Norm, rows: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.native_layer_norm(rows.detach().float(), module.normalized_shape, None, None, module.eps)[2]
         return F.layer_norm(rows, module.normalized_shape, module.weight, module.bias, module.eps), scale
     # CUDA knows no norm of rows with weights of another type.
-    wide = rows if module.weight is None else rows.to(module.weight.dtype)
-    out, _, scale = torch.native_layer_norm(wide, module.normalized_shape, module.weight, module.bias, module.eps)
+    dtype = rows.dtype if module.weight is None else torch.promote_types(rows.dtype, module.weight.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (module.weight, module.bias))
+    out, _, scale = torch.native_layer_norm(rows.to(dtype), module.normalized_shape, weight, bias, module.eps)
     return out.to(rows.dtype), scale.detach()
 
 

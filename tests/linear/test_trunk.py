@@ -158,8 +158,10 @@ def test_what_is_trained_later_ends_predictions():
 def test_hooks_of_parameters_are_refused_since_they_would_run_twice():
     model = tiny(next(iter(IMAGES)))
     trunk = find_trunk(model)
-    next(trunk.parameters()).register_hook(lambda g: 0.1 * g)
     predictor = LinearPredictor(trunk, window=8, rank=2)
+    next(trunk.parameters()).register_hook(lambda g: 0.1 * g)
+    with pytest.raises(UnknownBlock, match="hooks"):
+        find_trunk(model)
     with pytest.raises(SpliceError, match="hooks"), spliced_trunk(trunk, StepPlan(0.5), predictor):
         gradient(model, batch(4, 0))
 

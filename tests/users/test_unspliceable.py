@@ -211,3 +211,41 @@ def test_a_step_that_fails_in_the_backward_is_taken_once(tmp_path: Path, monkeyp
 
     exact, after = gradients(False), gradients(True)
     assert all(torch.equal(exact[name], g) for name, g in after.items()) and exact.keys() == after.keys()
+
+
+class Stateful(nn.Module):
+    """A model whose training forward changes what its next one reads."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("spread", torch.ones(1).expand(3))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+        out = self.model(pixel_values=pixel_values, labels=labels)
+        loss = out.loss * float(self.scale)
+        if self.training:
+            self.scale *= 1.5
+        return {"loss": loss, "logits": out.logits}
+
+
+def test_models_that_change_in_training_are_predicted_and_left_as_they_were(tmp_path: Path) -> None:
+    model = Stateful(tiny_vit(torch.float32))
+    trainer = LGPTrainer(model, arguments(tmp_path, max_steps=3, lgp_control_fraction=0.5), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 0, "predicted": 3} and model.scale == pytest.approx(1.5**3)
+
+
+def test_losses_with_a_random_stream_of_their_own_are_predicted(tmp_path: Path) -> None:
+    stream = torch.Generator().manual_seed(0)
+
+    class Weighted(LGPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            scale = 1.0 + torch.rand((), generator=stream) * model.training
+            return super().compute_loss(model, inputs, **kwargs) * scale
+
+    args = arguments(tmp_path, max_steps=3, lgp_control_fraction=0.5)
+    trainer = Weighted(tiny_vit(torch.float32), args, train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps["predicted"] == 3
