@@ -80,7 +80,8 @@ def verified(
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
         vectorized = same(stacks, by_group, 4.0) is None  # `torch.vmap` has many ways to refuse
         model.train()  # some do what they do not do in evaluation; with one stream, random numbers are drawn as by the model
-        with unchanged(*(part.block for stack in stacks for part in stack.parts)) as moved:
+        blocks = [part.block for stack in stacks for part in stack.parts]
+        with unchanged(*blocks, put_back=True) as moved:
             with unchanged(model):
                 plain, exact = run((), StepPlan(all_control=True))
             with unchanged(model):
@@ -114,8 +115,11 @@ def refusing() -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(*modules: nn.Module) -> Iterator[list[str]]:
-    """A context after which buffers have the values that they had; names those that had others. What was replaced stays so, as other attributes may go with it."""
+def unchanged(*modules: nn.Module, put_back: bool = False) -> Iterator[list[str]]:
+    """A context after which buffers have the values that they had; names those that had others.
+
+    What was replaced is put back only if so wanted, as other attributes may go with it.
+    """
     each = [(m, name, b) for module in modules for m in module.modules() for name, b in m._buffers.items()]
     held = [(m, name, b, b.clone()) for m, name, b in each if b is not None and not b.is_meta]
     moved: list[str] = []
@@ -128,6 +132,8 @@ def unchanged(*modules: nn.Module) -> Iterator[list[str]]:
                 moved += [] if kept and module._buffers.get(name) is buffer else [name]
                 if not kept:
                     buffer.copy_(before)
+                if put_back:
+                    module._buffers[name] = buffer
 
 
 def _close(value: Tensor, expected: Tensor, allowed: float) -> bool:

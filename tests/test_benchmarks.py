@@ -117,6 +117,9 @@ def test_tables_are_drawn_from_whatever_is_there(
     settings = {"vit": VIT, "batch": 16, "fraction": 0.25}
     write_json(tmp_path / "time_to_accuracy_scratch.json", result)
     write_json(tmp_path / "no_gain_tiny.json", result)
+    cells = [result["cells"][0], {**result["cells"][2], "arm": "noise"}]
+    noisy = {**result, "cells": cells, "summary": summarise(cells, [1, 2], 4, 16)}
+    write_json(tmp_path / "noise_tiny.json", noisy)
     write_json(tmp_path / "versions_tiny.json", {"settings": settings, "summary": versions.summary(runs)})
     write_json(tmp_path / "step_cost_tiny_cpu.json", step_cost.measure(VIT, 16, [0.25], 1))
     model, examples = vit_and_examples()
