@@ -21,6 +21,10 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "noise": (NoisyTrainer, {"lgp_control_fraction": 0.125}),
     # the remedy where noise costs accuracy
     "longer": (LGPTrainer, {}),
+    # noise raises Adam's second moment, which is as if the learning rate were lower
+    "faster": (LGPTrainer, {}),
+    "trainer-faster": (Trainer, {}),
+    "trainer-slower": (Trainer, {}),
     "budget-1.05": (LGPTrainer, {"lgp_variance_budget": 1.05}),
     "sixteenth": (LGPTrainer, {"lgp_control_fraction": 0.0625}),
     "budget-1.25": (LGPTrainer, {"lgp_variance_budget": 1.25}),
@@ -32,10 +36,13 @@ ARMS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "small-batch": (Trainer, {}),
     "infobatch": (InfoBatchTrainer, {}),
 }
-"""Trainer and settings by name. An arm with a schedule compressed or stretched in time has the same settings as another, and an entry in :data:`EPOCHS`."""
+"""Trainer and settings by name. An arm with another schedule or learning rate has the same settings as another, and an entry in :data:`EPOCHS` or :data:`RATE`."""
 
 EPOCHS: dict[str, float] = {"longer": 1.1, "compressed": 0.52, "small-batch": 0.52, "infobatch": 0.52}
 """Epochs of an arm relative to the others', where they differ; its learning rate falls to zero within them."""
+
+RATE: dict[str, float] = {"faster": 1.25, "trainer-faster": 1.25, "trainer-slower": 0.8}
+"""Learning rate of an arm relative to the others', where it differs."""
 
 BATCH: dict[str, float] = {"small-batch": 0.25}
 """Batch size of an arm relative to the others', where it differs."""
@@ -48,6 +55,9 @@ NAMES = {
     "eighth": "an eighth exact",
     "noise": "exact, with the noise of an eighth",
     "longer": "automatic, a tenth more epochs",
+    "faster": "automatic, the learning rate times 1.25",
+    "trainer-faster": "`Trainer`, the learning rate times 1.25",
+    "trainer-slower": "`Trainer`, the learning rate times 0.8",
     "budget-1.05": "automatic, variance budget 1.05",
     "sixteenth": "a sixteenth exact",
     "budget-1.25": "automatic, variance budget 1.25",

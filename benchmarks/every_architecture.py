@@ -45,13 +45,13 @@ Examples = dict[str, Tensor]
 Order = tuple[Tensor, Tensor]
 
 
-def built(reads: str, kind: type, name: str) -> nn.Module:
+def built(reads: str, kind: type, name: str, seed: int) -> nn.Module:
     """A small model that runs; some types want heads of another width than most."""
     try:
-        model = build(reads, kind, name)
+        model = build(reads, kind, name, seed=seed)
         model(**examples_of(reads, model.config, 2, 0)).loss.backward()
     except Exception:
-        model = build(reads, kind, name, own_heads=True)
+        model = build(reads, kind, name, own_heads=True, seed=seed)
         model(**examples_of(reads, model.config, 2, 0)).loss.backward()
     model.zero_grad()
     return model
@@ -166,7 +166,9 @@ def measured(model: nn.Module, config: Any, reads: str, options: argparse.Namesp
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     try:
         method_of(model, held_out, budget)  # or training it would tell nothing
-        batches = (examples_of(reads, config, options.batch, 100 + k) for k in itertools.count())
+        batches = (
+            examples_of(reads, config, options.batch, 100 + k + 10_000 * options.seed) for k in itertools.count()
+        )
         losses = trained(model, batches, options.steps, options.learning_rate)
         found["loss"] = [statistics.mean(losses[:5]), statistics.mean(losses[-5:])]
         method = method_of(model, held_out, budget)
@@ -191,6 +193,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="model types, and `image`, `video`, `audio`, `sequence`")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and training examples")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rows", default="2+2", help="K+R: means, and rows by themselves")
@@ -210,11 +213,11 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.is_file() else {}
     rows: dict[str, Any] = result.setdefault("rows", {})
     for reads, name, kind in architectures():
-        key = f"{reads}: {name}"
+        key = f"{reads}: {name}" + f", seed {options.seed}" * bool(options.seed)
         if (options.only and not {reads, name} & set(options.only)) or (key in rows and not options.again):
             continue
         try:
-            model = built(reads, kind, name)
+            model = built(reads, kind, name, options.seed)
         except Exception as error:  # a small configuration that this type does not have
             print(f"{key}: not built: {type(error).__name__}: {str(error)[:200]}", flush=True)
             continue

@@ -109,9 +109,9 @@ def small_config(kind: type, name: str = "", own_heads: bool = False) -> Any:
     return kind(**{**known, **_SPECIAL.get(name, {}), "num_labels": CLASSES})
 
 
-def build(reads: str, kind: type, name: str, own_heads: bool = False) -> nn.Module:
+def build(reads: str, kind: type, name: str, own_heads: bool = False, seed: int = 0) -> nn.Module:
     """A small model of a type, with random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if name in EXTRA:
         return EXTRA[name][1]()
     classes = getattr(auto, f"MODEL_FOR_{reads.upper()}_CLASSIFICATION_MAPPING_NAMES")[name]

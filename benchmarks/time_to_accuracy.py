@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_arms import ARMS, BATCH, EPOCHS
+from accuracy_arms import ARMS, BATCH, EPOCHS, RATE
 from accuracy_summary import draw, summarise
 from accuracy_tasks import Task, finetune, scratch, scratch_folder, training_arguments
 from common import RESULTS, VITS, BatchAugmented, Positions, environment, thinned, write_json
@@ -116,7 +116,7 @@ def run_cell(options: argparse.Namespace, task: Task, arm: str, seed: int) -> di
         seed,
         per_device_train_batch_size=batch,
         max_steps=steps,
-        learning_rate=options.learning_rate,
+        learning_rate=RATE.get(arm, 1.0) * options.learning_rate,
         lr_scheduler_type=options.scheduler,
         warmup_steps=round(options.warmup_steps * steps / (options.epochs * (len(task.train[0]) // options.batch))),
         logging_steps=max(1, steps // 32),

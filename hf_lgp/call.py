@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .control.measurement import Comparison, GroupSpread
 from .control.plan import StepPlan, draw_order, identity_order, private_seed
 from .estimator import control_scale, control_size, control_weights
 from .rows.leaves import leaves_of
-from .rows.notes import BlockNotes, StreamNotes, joined, map_tensors
+from .rows.notes import BlockNotes, StreamNotes, map_tensors
 from .rows.parts import BlockParts
 from .rows.walk import HowToWalk, Walked, walk
 from .sealed import Sealed, SpliceError
@@ -100,7 +101,9 @@ class Call:
             stream.block(part, forward, notes if whole else notes.take(stream.examples), self.leaves, needs_input)
             for stream in self.streams
         ]
-        self.notes.append(replace(notes, stream=joined([noted for _, noted in told])))
+        noted = [each for _, each in told]
+        stream = noted[0] if whole else tree_map(lambda *t: torch.cat(t), *noted)
+        self.notes.append(replace(notes, stream=stream))
         return told[0][0]
 
     def _noted(self, rows: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import Trainer
 
 from .probe import probe
-from .trainer import LGPTrainer
 
 
 class _TrainingReached(BaseException):
@@ -37,7 +36,6 @@ def trainer_of(script: Path, arguments: Sequence[str]) -> Trainer | None:
             patch.object(sys, "argv", command),
             patch.object(sys, "path", path),
             patch.object(Trainer, "train", _reached),
-            patch.object(LGPTrainer, "train", _reached),
         ):
             runpy.run_path(str(script), run_name="__main__")
     except _TrainingReached as reached:

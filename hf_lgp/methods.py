@@ -83,19 +83,18 @@ def row_walk(
     return RowWalk(stacks, replace(how, run=run))
 
 
-@dataclass(frozen=True)
-class LinearMethod:
-    """Gradients predicted by the paper's linear map, the model's trunk being spliced at its call."""
+class LinearMethod(LinearPredictor):
+    """Gradients predicted by the paper's linear map, the model's trunk being spliced at its call.
 
-    trunk: nn.Module
-    predictor: LinearPredictor
+    Raises:
+        UnknownBlock: If a model's gradients cannot be predicted that way; the message says why.
+    """
 
     has_first_row, learns = False, True
 
-    @property
-    def ready(self) -> bool:
-        """Whether it was fitted."""
-        return self.predictor.ready
+    def __init__(self, model: nn.Module, settings: LGPSettings) -> None:
+        self.trunk = find_trunk(model)
+        super().__init__(self.trunk, settings, torch.promote_types(torch.float32, next(self.trunk.parameters()).dtype))
 
     def learns_from(self, plan: StepPlan) -> bool:
         """Until it is ready from every exact step, then from some: the others are for timing."""
@@ -103,28 +102,7 @@ class LinearMethod:
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan, and the predictor learns."""
-        return spliced_trunk(self.trunk, plan, self.predictor, observed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Window, bases and fit."""
-        return self.predictor.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.predictor.load_state_dict(dict(state))
-
-
-def linear_predictor(model: nn.Module, settings: LGPSettings, device: torch.device) -> LinearMethod:
-    """The paper's predictor for a model.
-
-    Raises:
-        UnknownBlock: If its gradients cannot be predicted that way; the message says why.
-    """
-    trunk, s = find_trunk(model), settings
-    dtype = torch.promote_types(torch.float32, next(trunk.parameters()).dtype)
-    predictor = LinearPredictor(
-        trunk, window=s.window, rank=s.rank, kernel=s.kernel, ridge=s.ridge, seed=s.seed, device=device, dtype=dtype
-    )
-    return LinearMethod(trunk, predictor)
+        return spliced_trunk(self.trunk, plan, self, observed)
 
 
 Method = RowWalk | LinearMethod

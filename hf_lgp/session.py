@@ -61,6 +61,10 @@ class Session:
         self._latest: list[tuple[str, int, int]] = []
         self._learnt: Mapping[str, Tensor] | None = None
         self._entries = 0.0  # of the largest micro-batch
+        self._rest, self._rested = (
+            0,
+            0,
+        )  # micro-batches without a plan, to come and past, of which the controller does not know yet
         self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 
     @property
@@ -112,17 +116,23 @@ class Session:
         """Whether the latest micro-batch is the first of its optimizer step."""
         return self._position[1] == 0
 
-    @property
     def rests(self) -> bool:
-        """Whether the next micro-batch needs no plan: of short steps, even asking for one takes a few percent."""
-        ready = self.method is not None and self.refused is None and not self.method.learns
-        return ready and self.controller.rests(self.rules)
+        """Whether the next micro-batch needs no plan, as some that follow: of short steps, even asking for one takes a few percent."""
+        if not self._rest and self.method is not None and self.refused is None and not self.method.learns:
+            self._rest = PERIOD if self.controller.rests(self.rules) else 0
+        return self._rest > 0
 
     def rested(self, examples: int) -> None:
         """Count a micro-batch that had no plan, also one whose optimizer step is skipped."""
         self._latest = []
         self._count("exact", examples, 0)
-        self.controller = self.controller.advanced(examples, StepPlan())
+        self._rest, self._rested = self._rest - 1, self._rested + 1
+        if not self._rest:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """The controller learns of micro-batches that had no plan."""
+        self.controller, self._rested, self._rest = self.controller.rested(self._rested), 0, 0
 
     def splices(self, plan: StepPlan) -> bool:
         """Whether the model is run in another way than ``Trainer`` does."""
@@ -245,6 +255,7 @@ class Session:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""
+        self._catch_up()
         self._absorb_staged()
         if readings := self._waiting + self._readings:
             self._absorb(readings, mean_over_processes(self._numbers(readings)))

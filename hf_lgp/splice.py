@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .sealed import SpliceError
 
-Pull = Callable[[Tensor], tuple[Tensor | None, Sequence[Tensor | None]]]
-"""From ``delta (m, T, D)``, the gradients of ``h0`` and of the parameters."""
+Pull = Callable[..., tuple[Tensor | None, Sequence[Tensor | None]]]
+"""From ``delta (m, T, D)``, or what there is of several outputs, the gradients of ``h0`` and of the parameters."""
 
 
 class Spliced(torch.autograd.Function):
@@ -32,19 +32,23 @@ class Spliced(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h0: Tensor, value: Callable[[], Tensor], pull: Pull, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, h0: Tensor | None, value: Callable[[], Any], pull: Pull, *parameters: Tensor) -> Any:
         ctx.pull = pull
+        # An output that is not read has no gradient, which is not the same as zeros.
+        ctx.set_materialize_grads(False)
         return value()
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *deltas: Tensor | None) -> tuple[Any, ...]:
         if ctx.pull is None or torch.is_grad_enabled():
             error = SpliceError("its loss is differentiated twice")
             error.in_backward = ctx.pull is None
             raise error
         pull, ctx.pull = ctx.pull, None
+        if all(delta is None for delta in deltas):
+            return (None,) * len(ctx.needs_input_grad)
         try:
-            of_h0, of_parameters = pull(delta)
+            of_h0, of_parameters = pull(*deltas)
         except SpliceError as error:
             error.in_backward = True
             raise

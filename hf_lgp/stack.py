@@ -8,7 +8,7 @@ the model is as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .call import Call, Observed
 from .control.plan import StepPlan
 from .rows.block import first_row_of_block
-from .rows.notes import map_tensors
 from .rows.parts import (
     BlockParts,
     Intercept,
@@ -48,11 +48,6 @@ class Stack:
     parts: tuple[BlockParts, ...]
     unbatched: frozenset[int | str] = frozenset()
     first_row_only: bool = False
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything in it is trained."""
-        return any(p.requires_grad for part in self.parts for p in part.block.parameters())
 
     def on_all(self) -> Stack:
         """The same with attention modules that are given all rows in the walk."""
@@ -96,8 +91,8 @@ def find_stacks(
     if not parts:
         raise next(iter(reasons), UnknownBlock("it has no list of blocks each of which calls attention once"))
     unbatched = frozenset() if fewer is None else _unbatched([p for each in parts for p in each], run, fewer)
-    stacks = [Stack(each, unbatched) for each in parts]
-    stacks = [stack for stack in stacks if stack.trains]
+    trained = (each for each in parts if any(p.requires_grad for part in each for p in part.block.parameters()))
+    stacks = [Stack(each, unbatched) for each in trained]
     if not stacks:
         raise NothingTrained("nothing in its blocks is trained, so there is no gradient to predict")
     for stack in stacks:
@@ -111,25 +106,18 @@ def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Calla
     """Arguments whose first dimension stays the same with one example less."""
     seen: list[dict[int | str, list[int]]] = []
 
-    def note(sizes: dict[int | str, list[int]], forward: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            for key, value in (*enumerate(args), *kwargs.items()):
-                map_tensors(
-                    lambda t, key=key: (
-                        sizes.setdefault(key, []).append(len(t)) if isinstance(t, Tensor) and t.dim() else None
-                    ),
-                    value,
-                )
-            return forward(*args, **kwargs)
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        for key, value in (*enumerate(args), *kwargs.items()):
+            seen[-1].setdefault(key, []).extend(len(t) for t in tree_leaves(value) if isinstance(t, Tensor) and t.dim())
 
-        return noted
-
-    for runs in (run, fewer):
-        seen.append({})
-        with forward_replaced(*((p.block, note(seen[-1], p.block.forward)) for p in parts)):
-            runs()
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.callback(part.block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for each in (run, fewer):
+            seen.append({})
+            each()
     # One entry may stand for all examples of this batch, and another batch have one for each.
-    return frozenset(key for key, sizes in seen[0].items() if seen[1].get(key) == sizes and set(sizes) != {1})
+    return frozenset(key for key, sizes in seen[0].items() if seen[1].get(key) == sizes and set(sizes) - {1})
 
 
 @contextmanager

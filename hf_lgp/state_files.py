@@ -7,15 +7,10 @@ import os
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 STATE_NAME = "lgp_state.safetensors"
 COUNTERS_NAME = "lgp_state.json"
-
-
-class StateFileError(ValueError):
-    """The files are missing, or not what :func:`write_state` writes."""
 
 
 def write_state(folder: str, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
@@ -30,14 +25,8 @@ def read_state(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_state` wrote.
 
     Raises:
-        StateFileError: If there is nothing of the kind.
+        OSError, ValueError, SafetensorError: If there is nothing of the kind.
     """
-    try:
-        tensors = safetensors.torch.load_file(os.path.join(folder, STATE_NAME))
-        with open(os.path.join(folder, COUNTERS_NAME), encoding="utf-8") as file:
-            counters = json.load(file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StateFileError(str(error)) from error
-    if not isinstance(counters, dict):
-        raise StateFileError(f"{COUNTERS_NAME} does not hold counters.")
-    return tensors, counters
+    tensors = safetensors.torch.load_file(os.path.join(folder, STATE_NAME))
+    with open(os.path.join(folder, COUNTERS_NAME), encoding="utf-8") as file:
+        return tensors, json.load(file)

@@ -57,14 +57,11 @@ class Stream:
         def function(rows: Tensor, *noted: Tensor) -> Any:
             # A block may change its input in place, but not a leaf.
             with torch.autocast(rows.device.type, dtype=how.half, enabled=how.half is not None, cache_enabled=False):
-                out, rest, told = _run(
-                    part, forward, rows.clone() if rows.requires_grad else rows, notes.of(noted, True)
-                )
-            return out, rest, told.scales, told.kept
+                rows = rows.clone() if rows.requires_grad else rows
+                return _run(part, forward, rows, notes.of(noted, True))
 
         how, tensors = self._how, [rows, *notes.tensors(True)]
-        out, rest, *told = how.run(kind, part.block, leaves, function, tensors, lambda: notes.fixed(how.half))
-        return out, rest, StreamNotes(*told)
+        return how.run(kind, part.block, leaves, function, tensors, lambda: notes.fixed(how.half))
 
 
 class ControlStream(Stream):
@@ -88,11 +85,11 @@ class ControlStream(Stream):
             def of_group(rows: Tensor, *noted: Tensor) -> Any:
                 out, rest, told = _run(part, forward, rows.clone(), notes.of(noted))
                 rests.append(rest)
-                return out, told.scales, told.kept
+                return out, told
 
             tensors = [entered, *notes.tensors()]
-            out, *told = by_group(part.block, leaves, self.groups, of_group, tensors, self._how.vectorized)
-            rest, noted = rests[0], StreamNotes(*told)
+            out, noted = by_group(part.block, leaves, self.groups, of_group, tensors, self._how.vectorized)
+            rest = rests[0]
         else:
             out, rest, noted = self._run("control", part, forward, notes, leaves, entered)
         self._graphs.append((entered, {id(p): leaves[id(p)] for p in part.block.parameters() if p.requires_grad}, out))

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .attention_interface import intercepted_attention
 from .compatibility import refuse_incompatible
 from .control.exchange import holds_everywhere
-from .methods import Method, linear_predictor, row_walk
+from .methods import LinearMethod, Method, row_walk
 from .renamed_weights import restore_renamed_weights
 from .report.figure_callback import FigureCallback
 from .report.log_lines import library_logger, postfix, readings, summary
@@ -27,7 +28,7 @@ from .rows.walk import RowBudget
 from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
-from .state_files import StateFileError, read_state, write_state
+from .state_files import read_state, write_state
 from .verify import entries_of, evaluating, examples_of, few_of, unchanged, unrandom
 
 logger = library_logger()
@@ -65,7 +66,6 @@ class LGPTrainer(Trainer):
         self._lgp: Session | None = None
         self._lgp_cost = 1.0
         self._lgp_loading: str | None = None
-        self._lgp_exhausted = False  # whether memory ran out in the check of the model
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_RunBegins(self._lgp_begin_run))
@@ -116,7 +116,7 @@ class LGPTrainer(Trainer):
         session, self._lgp_cost = self._lgp, 1.0
         if session is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if session.rests:
+        if session.rests():
             loss = super().training_step(model, inputs, num_items_in_batch)
             session.rested(examples_of(inputs))
             return loss
@@ -174,25 +174,22 @@ class LGPTrainer(Trainer):
         half = self.args.bf16 or self.args.fp16 or any(p.dtype.itemsize < 4 for p in model.parameters())
         try:
             if settings.predictor == "linear":
-                method = linear_predictor(model, settings, self.args.device)
+                method = LinearMethod(model, settings)
             else:
                 examples = examples_of(batch)
                 # Some losses want a whole batch.
                 budget = RowBudget(*settings.rows)
-                run: Run = run_eagerly
-                if self.args.torch_compile:
-                    run = Compiled(self.args.torch_compile_backend, self.args.torch_compile_mode)
+                backend = self.args.torch_compile_backend, self.args.torch_compile_mode
+                run: Run = Compiled(*backend) if self.args.torch_compile else run_eagerly
                 with unchanged(model):
                     count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                     method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
         except UnknownBlock as error:
             reason, needed = str(error), not isinstance(error, NothingTrained)
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
                 raise
-            if self.args.auto_find_batch_size:
-                raise
-            reason, self._lgp_exhausted = "memory ran out in its check", True
+            reason = "memory ran out in its check"
         if (reason := session.use(method, reason, trained)) is None:
             return
         if settings.demanded and needed:
@@ -261,5 +258,5 @@ class LGPTrainer(Trainer):
             return
         try:
             self._lgp_restored = read_state(checkpoint)
-        except StateFileError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             logger.warning(f"No LGP state in {checkpoint} ({error}): what was measured is measured anew.")

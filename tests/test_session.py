@@ -212,12 +212,12 @@ def test_steps_that_were_skipped_do_not_count_nor_measure() -> None:
 def test_a_run_that_rests_counts_its_steps_and_asks_for_no_plan() -> None:
     session, method = session_of()
     session.controller = Controller(seen=16, look_at=200)
-    while session.rests:
+    while session.rests():
         session.rested(16)
     assert session.controller.seen == 200 - 16 and method.plans == []
     assert session.steps["exact"] == 200 - 32 and session.examples["exact"] == 16 * (200 - 32)
     session.refused = "a reason"
-    assert not session.rests
+    assert not session.rests()
 
 
 def test_nothing_is_measured_before_the_method_is_ready() -> None:

@@ -190,6 +190,10 @@ class Controller:
         rehearsed_at = self.seen if plan.measure == REHEARSAL.measure else self.rehearsed_at
         return replace(self, seen=self.seen + 1, size=max(self.size, examples), rehearsed_at=rehearsed_at)
 
+    def rested(self, micro_batches: int) -> Controller:
+        """So many plain micro-batches later that were not timed."""
+        return replace(self, seen=self.seen + micro_batches)
+
     def timed(self, plan: StepPlan, unit: float, at: int) -> Controller:
         """With the time per unit of work that micro-batch number ``at`` took; those that tell little are left out."""
         if not math.isfinite(unit) or (plan.fraction < 1.0 and at - self.changed_at < _SETTLING) or at == 0:
@@ -321,6 +325,13 @@ class Controller:
         Raises:
             KeyError, TypeError: If the state is another version's.
         """
-        times = StepTimes.from_state_dict(state["times"])
-        residuals = tuple(map(Residual.from_state_dict, state["residuals"]))
+        state = _frozen(state)
+        times, residuals = StepTimes(**state["times"]), tuple(Residual(**each) for each in state["residuals"])
         return cls(**{**state, "times": times, "residuals": residuals})
+
+
+def _frozen(value: Any) -> Any:
+    """What JSON knows, with tuples for its lists."""
+    if isinstance(value, Mapping):
+        return {name: _frozen(each) for name, each in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -77,37 +77,26 @@ def _compared(exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> tuple[lis
 
 
 class GroupSums:
-    """Running sums over groups; what :class:`GroupSpread` is made of.
-
-    Attributes:
-        exact: Sums of the exact gradients over groups.
-    """
+    """Running sums over groups; what :class:`GroupSpread` is made of."""
 
     def __init__(self) -> None:
-        self.exact: list[Tensor] = []
-        self._residual: list[Tensor] = []
+        self._sums: list[Sequence[Tensor]] = []  # of residuals and of exact gradients, tensor by tensor
         self._squares: list[Tensor] = []
         self._groups = 0
 
     def add(self, exact: Sequence[Tensor], predicted: Sequence[Tensor]) -> None:
         """Add a group's gradients, tensor by tensor."""
-        exact, residual = list(exact), torch._foreach_sub(list(exact), list(predicted))
-        squares = [_squared_norms(residual), _squared_norms(exact)]
-        if self._groups == 0:
-            self.exact, self._residual, self._squares = [t.clone() for t in exact], list(residual), squares
-        else:
-            torch._foreach_add_(self.exact, exact)
-            torch._foreach_add_(self._residual, list(residual))
-            torch._foreach_add_(self._squares, squares)
-        self._groups += 1
+        both = [torch._foreach_sub(list(exact), list(predicted)), list(exact)]
+        squares = [_squared_norms(each) for each in both]
+        if self._groups:
+            both = [torch._foreach_add(list(a), list(b)) for a, b in zip(self._sums, both, strict=True)]
+            squares = [a + b for a, b in zip(self._squares, squares, strict=True)]
+        self._sums, self._squares, self._groups = list(both), squares, self._groups + 1
 
     def spread(self) -> GroupSpread:
         """The spreads of what was added."""
-        residual, total = self._squares
-        return GroupSpread(
-            spread(_squared_norms(self._residual), residual, self._groups),
-            spread(_squared_norms(self.exact), total, self._groups),
-        )
+        each = zip(self._sums, self._squares, strict=True)
+        return GroupSpread(*(spread(_squared_norms(sums), squares, self._groups) for sums, squares in each))
 
 
 def _squared_norms(tensors: Sequence[Tensor]) -> Tensor:

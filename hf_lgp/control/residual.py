@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _MEMORY = 512.0
 """Micro-batches after which a measurement counts 1/e: sixteen measurements, while gradients are predicted."""
@@ -38,8 +37,3 @@ class Residual:
         before = list(zip(self.residual, self.total, strict=True)) if fade else [(0.0, 0.0)] * len(total)
         sums = [(fade * r0 + r, fade * t0 + t) for (r0, t0), r, t in zip(before, residual, total, strict=True)]
         return Residual(tuple(r for r, _ in sums), tuple(t for _, t in sums), self.count + 1 if fade else 1, at)
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Residual:
-        """The record whose fields these are."""
-        return cls(**{**state, "residual": tuple(state["residual"]), "total": tuple(state["total"])})

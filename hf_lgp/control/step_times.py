@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..estimator import FRACTIONS
 from .plan import GROUPS, StepPlan
@@ -114,11 +113,6 @@ class StepTimes:
     def of_exact_steps(self) -> StepTimes:
         """Without those of steps with predictions."""
         return replace(self, latest={k: times for k, times in self.latest.items() if not k.startswith("0")})
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> StepTimes:
-        """The record whose fields these are."""
-        return cls(**{**state, "latest": {kind: tuple(times) for kind, times in state["latest"].items()}})
 
 
 def _kind(plan: StepPlan) -> str:

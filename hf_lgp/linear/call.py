@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..call import Observed
@@ -16,29 +15,13 @@ from ..control.measurement import GroupSums
 from ..control.plan import StepPlan, draw_order, identity_order, private_seed
 from ..estimator import control_scale, control_size, control_weights
 from ..sealed import SpliceError
+from ..splice import Spliced
 from .factored import recorded
 from .kernel_ridge import features_of
 from .predictor import LinearPredictor, Observation
 
 OBSERVED_EXAMPLES = 64  # of a micro-batch's exact ones, at most
 _UNBATCHED = ("cache_position", "head_mask")  # no entry for each example, although their first dimension may equal m
-
-
-class _Joined(torch.autograd.Function):
-    """The trunk's outputs for all examples; its backward hands ``delta`` to the call, which gives all gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, call: TrunkCall, values: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
-        # An output that is not read has no gradient, which is not the same as zeros: it is no feature.
-        ctx.set_materialize_grads(False)
-        return tuple(value.detach() for value in values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *deltas: Tensor | None) -> tuple[Any, ...]:
-        with torch.autocast(ctx.call.predictor.device.type, enabled=False):
-            return None, None, *ctx.call.gradients(deltas)
 
 
 class TrunkCall:
@@ -106,12 +89,18 @@ class TrunkCall:
                 traced[len(results) - 1] = (value, *each)
         self.values, self.found = [value for value, *_ in traced.values()], [each for _, *each in traced.values()]
         if traced:
-            joined = _Joined.apply(self, [results[k] for k in traced], *self.predictor.parameters)
+            joined = Spliced.apply(
+                None, lambda: tuple(results[k].detach() for k in traced), self._pull, *self.predictor.parameters
+            )
             for k, result in zip(traced, joined, strict=True):
                 results[k] = result
         return tree_unflatten(results, outs[0][1])
 
-    def gradients(self, deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _pull(self, *deltas: Tensor | None) -> tuple[None, list[Tensor | None]]:
+        with torch.autocast(self.predictor.device.type, enabled=False):
+            return None, self._gradients(deltas)
+
+    def _gradients(self, deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the trunk's parameters by formula (1), from those of its outputs, None if not read; then the predictor learns."""
         predictor, scale = self.predictor, control_scale(self.m, self.controls)
         given = {k: self._in(self.order, delta) for k, delta in enumerate(deltas) if delta is not None}

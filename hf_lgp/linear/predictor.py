@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from ..settings import KERNELS, Kernel
+from ..settings import LGPSettings
 from .bases import Basis, initial, moved, turned
 from .factored import Factors, find_layers
 from .kernel_ridge import Fit, fit, predict
@@ -39,35 +39,23 @@ class Observation:
 class LinearPredictor:
     """Predicts the gradients of a trunk's parameters from features and last-layer gradients, as in arXiv 2511.05187.
 
-    It remembers ``window`` examples, with ``rank`` basis vectors on either side of a weight matrix; ``kernel`` and ``ridge`` are those of
-    :func:`~hf_lgp.linear.kernel_ridge.fit`; :class:`ValueError` if one of them cannot be used. Bases are random at first, so the first few micro-batches
-    only move them and leave nothing in the window.
+    Of the settings it has window, rank, kernel, ridge and seed. Bases are random at first, so the first few micro-batches only move them and leave
+    nothing in the window.
 
     Attributes:
         parameters: The trunk's parameters that were trained when this was made: gradients are aligned with them.
         layers: The layers whose gradients are predicted, with :attr:`bases` and their :attr:`columns` among the :attr:`size` coordinates.
     """
 
-    def __init__(
-        self,
-        trunk: nn.Module,
-        *,
-        window: int = 512,
-        rank: int = 16,
-        kernel: Kernel = "linear",
-        ridge: float = 0.03,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        if window < 2 or rank < 1 or not ridge > 0 or kernel not in KERNELS:
-            raise ValueError(f"Window, rank, ridge or kernel cannot be used: {window}, {rank}, {ridge}, {kernel!r}.")
+    def __init__(self, trunk: nn.Module, settings: LGPSettings, dtype: torch.dtype = torch.float32) -> None:
         self.parameters = [p for p in trunk.parameters() if p.requires_grad]
         self.layers = find_layers(trunk)
-        self.kernel, self.ridge, self.dtype = kernel, ridge, dtype
-        self.device = torch.device(device) if device is not None else self.parameters[0].device
-        generator, like = torch.Generator().manual_seed(seed), torch.empty(0, device=self.device, dtype=dtype)
-        self.bases: list[Basis] = [initial(layer.rows, layer.cols, rank, generator, like) for layer in self.layers]
+        self.kernel, self.ridge, self.dtype = settings.kernel, settings.ridge, dtype
+        self.device = self.parameters[0].device
+        generator, like = torch.Generator().manual_seed(settings.seed), torch.empty(0, device=self.device, dtype=dtype)
+        self.bases: list[Basis] = [
+            initial(each.rows, each.cols, settings.rank, generator, like) for each in self.layers
+        ]
         offsets = [0, *accumulate(a * b for a, b in (basis.shape for basis in self.bases))]
         self.columns, self.size = [slice(*ends) for ends in pairwise(offsets)], offsets[-1]
         places = {id(p): k for k, p in enumerate(self.parameters)}
@@ -75,7 +63,7 @@ class LinearPredictor:
         self._seen, self._added = 0, 0
         self._fit: Fit | None = None
         # A ring of a (n, D), h (n, D) and coordinates (n, P), whose widths are known once examples were seen.
-        self._length, self._ring = window, list[Tensor]()
+        self._length, self._ring = settings.window, list[Tensor]()
 
     @property
     def ready(self) -> bool:

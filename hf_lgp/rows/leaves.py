@@ -110,6 +110,8 @@ def by_group(
             warnings.filterwarnings("ignore", "There is a performance drop")  # an operation in a loop is fast enough
             out = torch.vmap(one, randomness="different")(dict(leaves), *split)
     else:
-        each = [one({key: t[g] for key, t in leaves.items()}, *(t[g] for t in split)) for g in range(groups)]
+        # Unbound at once: the backward stacks them, where one of an entry would write zeros for all others.
+        own, parts = {key: t.unbind() for key, t in leaves.items()}, [t.unbind() for t in split]
+        each = [one({key: t[g] for key, t in own.items()}, *(t[g] for t in parts)) for g in range(groups)]
         out = tree_map(lambda *t: torch.stack(t), *each)
     return tree_map(lambda t: t.flatten(0, 1), out)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
-@dataclass(frozen=True)
-class StreamNotes:
+class StreamNotes(NamedTuple):
     """What a block noted of the examples it was run on.
 
     Attributes:
@@ -47,11 +47,7 @@ class BlockNotes:
             return function(value) if unbatched else value
 
         hidden, args, kwargs = function(self.hidden), map_tensors(of, self.args), map_tensors(of, dict(self.kwargs))
-        stream = StreamNotes(
-            {norm: tuple(map(function, noted)) for norm, noted in self.stream.scales.items()},
-            {dropout: tuple(map(function, noted)) for dropout, noted in self.stream.kept.items()},
-        )
-        return BlockNotes(hidden, args, kwargs, frozenset(batched), stream)
+        return BlockNotes(hidden, args, kwargs, frozenset(batched), tree_map(function, self.stream))
 
     def take(self, part: slice) -> BlockNotes:
         """The notes of some examples."""
@@ -62,7 +58,7 @@ class BlockNotes:
         if not self.stream.kept:
             return self
         kept = {k: tuple(torch.where(followed == 0, t, 1.0) for t in noted) for k, noted in self.stream.kept.items()}
-        return replace(self, stream=replace(self.stream, kept=kept))
+        return replace(self, stream=self.stream._replace(kept=kept))
 
     def tensors(self, unbatched: bool = False) -> list[Tensor]:
         """All tensors that have an entry for each example, or all."""
@@ -90,19 +86,8 @@ class BlockNotes:
             told.append("" if isinstance(value, Tensor) else value)
 
         map_tensors(look, (self.args, dict(self.kwargs)))
-        counts = [(k, len(t)) for noted in (self.stream.scales, self.stream.kept) for k, t in noted.items()]
+        counts = [(k, len(t)) for noted in self.stream for k, t in noted.items()]
         return repr((told, list(self.kwargs), counts)) if simple else None
-
-
-def joined(streams: list[StreamNotes]) -> StreamNotes:
-    """The notes of several groups of examples, in their order."""
-    if len(streams) == 1:
-        return streams[0]
-    first = streams[0]
-    return StreamNotes(
-        {n: tuple(torch.cat(call) for call in zip(*(s.scales[n] for s in streams), strict=True)) for n in first.scales},
-        {n: tuple(torch.cat(call) for call in zip(*(s.kept[n] for s in streams), strict=True)) for n in first.kept},
-    )
 
 
 def map_tensors(function: Any, value: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -68,8 +67,3 @@ def test_times_are_forgotten_by_kind() -> None:
     times = times_of(*[(PLAIN, 1.0)] * 3, *[(predicted, 0.6)] * 3)
     assert times.last_only(PLAIN).count(PLAIN) == 1 and times.last_only(PLAIN).count(predicted) == 3
     assert times.of_exact_steps().count(predicted) == 0 and times.of_exact_steps().count(PLAIN) == 3
-
-
-def test_the_record_survives_json() -> None:
-    times = times_of((PLAIN, 1.0), (ONE_ROW, 0.8))
-    assert StepTimes.from_state_dict(json.loads(json.dumps(asdict(times)))) == times

@@ -13,6 +13,7 @@ from hf_lgp.linear.predictor import LinearPredictor
 from hf_lgp.linear.trunk import find_trunk, spliced_trunk
 from hf_lgp.rows.parts import NothingTrained, UnknownBlock
 from hf_lgp.sealed import SpliceError
+from hf_lgp.settings import LGPSettings
 
 
 def _distance(a, b):
@@ -39,7 +40,7 @@ def test_mean_over_every_draw_is_exact(family, monkeypatch):
         mean = share if mean is None else [None if a is None else a + b for a, b in zip(mean, share, strict=True)]
     assert _distance(mean, exact) < 1e-10
     # Without predictions every draw would be the scaled control gradient; with them it is another.
-    blank = LinearPredictor(trunk, dtype=torch.float64)
+    blank = LinearPredictor(trunk, LGPSettings(), torch.float64)
     with spliced_trunk(trunk, StepPlan(fraction=0.4), blank):
         plain = gradient(model, inputs)
     assert _distance(seen[-1], plain) > 1e-3
@@ -64,7 +65,7 @@ def test_values_are_true_and_the_graph_is_that_of_the_controls():
     inputs["attention_mask"] = (torch.arange(7) < torch.tensor([7, 5, 6, 7, 4, 7])[:, None]).long()
     plain, predictor = (
         model(**inputs, output_hidden_states=True),
-        LinearPredictor(find_trunk(model), dtype=torch.float64),
+        LinearPredictor(find_trunk(model), LGPSettings(), torch.float64),
     )
     with spliced_trunk(find_trunk(model), StepPlan(fraction=0.5), predictor):
         out = model(**inputs, output_hidden_states=True)
@@ -100,7 +101,7 @@ def test_measured_steps_are_unmeasured_ones():
 
 def test_arguments_that_ask_for_a_gradient_are_refused():
     model, inputs = tiny("vit"), batch(4, 3)
-    predictor = LinearPredictor(find_trunk(model), dtype=torch.float64)
+    predictor = LinearPredictor(find_trunk(model), LGPSettings(), torch.float64)
     inputs["pixel_values"].requires_grad_()
     with spliced_trunk(find_trunk(model), StepPlan(fraction=0.5), predictor):
         with pytest.raises(SpliceError, match="asks for a gradient"):
@@ -131,7 +132,7 @@ def test_trunks_that_are_refused():
 def test_outputs_that_cannot_be_split(spoil):
     trunk = nn.Linear(2, 4).double()
     trunk.forward = lambda x: (spoil(nn.Linear.forward(trunk, x)),)
-    predictor = LinearPredictor(trunk, dtype=torch.float64)
+    predictor = LinearPredictor(trunk, LGPSettings(), torch.float64)
     with spliced_trunk(trunk, StepPlan(fraction=0.5), predictor), pytest.raises(SpliceError):
         trunk(torch.randn(6, 2, dtype=torch.float64))
 
@@ -149,7 +150,7 @@ def test_what_is_trained_later_ends_predictions():
     model = tiny(next(iter(IMAGES)))
     trunk = find_trunk(model)
     frozen = next(trunk.parameters()).requires_grad_(False)
-    predictor = LinearPredictor(trunk, window=8, rank=2)
+    predictor = LinearPredictor(trunk, LGPSettings(window=8, rank=2))
     frozen.requires_grad_()
     with pytest.raises(SpliceError, match="other parameters"), spliced_trunk(trunk, StepPlan(0.5), predictor):
         gradient(model, batch(4, 0))
@@ -158,7 +159,7 @@ def test_what_is_trained_later_ends_predictions():
 def test_hooks_of_parameters_are_refused_since_they_would_run_twice():
     model = tiny(next(iter(IMAGES)))
     trunk = find_trunk(model)
-    predictor = LinearPredictor(trunk, window=8, rank=2)
+    predictor = LinearPredictor(trunk, LGPSettings(window=8, rank=2))
     next(trunk.parameters()).register_hook(lambda g: 0.1 * g)
     with pytest.raises(UnknownBlock, match="hooks"):
         find_trunk(model)

@@ -22,6 +22,7 @@ from transformers import (
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.linear.predictor import LinearPredictor
 from hf_lgp.linear.trunk import spliced_trunk
+from hf_lgp.settings import LGPSettings
 
 _BLOCKS = {
     "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -97,7 +98,8 @@ def gradient(model: Any, inputs: dict[str, Tensor]) -> list[Tensor | None]:
 
 def taught(model: Any, trunk: Any, steps: int = 14, **settings: Any) -> LinearPredictor:
     """A predictor that saw a few exact steps of 12 examples."""
-    predictor = LinearPredictor(trunk, **{"window": 96, "rank": 4, "dtype": torch.float64, **settings})
+    settings = {"window": 96, "rank": 4, "kernel": "linear", **settings}
+    predictor = LinearPredictor(trunk, LGPSettings(**settings), torch.float64)
     for step in range(steps):
         with spliced_trunk(trunk, StepPlan(), predictor):
             gradient(model, batch(12, 100 + step))
