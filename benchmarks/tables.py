@@ -94,6 +94,11 @@ def with_error(value: float, error: float | None, form: str) -> str:
     return format(value, form) + ("" if error is None else f" ± {format(error, form.lstrip('+'))}")
 
 
+def points(value: float, error: float | None = None, digits: int = 1) -> str:
+    """A difference of accuracies, in points, with its error, where there is one."""
+    return with_error(100 * value, None if error is None else 100 * error, f"+.{digits}f") + " points"
+
+
 def standard_error(values: list[float]) -> float | None:
     """Of a mean; None of a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
@@ -107,14 +112,14 @@ def headline() -> str | None:
         final = figures["final_accuracy"]
         others += (
             f" {task[0].upper()}{task[1:]}, {seeds_of(figures)}: {figures['total_seconds']['median_ratio']:.2f} of `Trainer`'s time, "
-            f"accuracy {with_error(final['difference'], final['standard_error'], '+.1%')}."
+            f"accuracy {points(final['difference'], final['standard_error'])}."
         )
     for task, result in runs_with("time_to_accuracy_scratch*", "lgp", BASELINE):
         figures = result["summary"]["arms"]["lgp"]
         final, machine = figures["final_accuracy"], result["environment"]
         return (
             f"**{1.0 / figures['total_seconds']['median_ratio']:.1f} times faster at equal epochs, accuracy "
-            f"{with_error(final['difference'], final['standard_error'], '+.1%')} (one standard error)**: {task}, {seeds_of(figures)}, on "
+            f"{points(final['difference'], final['standard_error'])} (one standard error)**: {task}, {seeds_of(figures)}, on "
             f"{machine['device']} with {machine['threads']} threads.{others}"
         )
     return None
@@ -132,7 +137,7 @@ def time_to_accuracy() -> str | None:
                 f"{task}, {seeds_of(figures)}",
                 ratio(figures["total_seconds"]),
                 with_error(plain["mean"], plain["standard_deviation"], ".1%"),
-                with_error(final["difference"], final["standard_error"], "+.1%"),
+                points(final["difference"], final["standard_error"]),
                 *(f"{name.removeprefix(OF_TRAINER)}: {ratio(figures['to_target'][name])}" for name in targets),
             ]
         )
@@ -151,10 +156,10 @@ def no_gain() -> str | None:
                 f"{task}, {seeds_of(figures)}",
                 ratio(figures["total_seconds"]),
                 f"{plain['final_accuracy']['mean']:.1%}",
-                with_error(final["difference"], final["standard_error"], "+.1%"),
+                points(final["difference"], final["standard_error"]),
             ]
         )
-    header = ["where nothing can be gained", "whole run against Trainer", "Trainer's accuracy"]
+    header = ["where little was to be expected", "whole run against Trainer", "Trainer's accuracy"]
     return table([*header, "LGPTrainer's, against it"], rows)
 
 
@@ -180,7 +185,7 @@ def _arms(task: str, result: dict[str, Any]) -> str:
                 ratio(figures["total_seconds"]),
                 f"{figures['final_accuracy']['mean']:.1%}",
                 with_error(statistics.fmean(loss), standard_error(loss), "+.3f"),
-                f"{figures['at_equal_time'][HALF_TIME]['difference']:+.1%}",
+                points(figures["at_equal_time"][HALF_TIME]["difference"]),
                 f"{figures['peak_memory_mib']:,.0f}",
             ]
         )
@@ -207,7 +212,7 @@ def equal_epochs() -> str | None:
             [
                 task,
                 str(len(loss)),
-                with_error(accuracy["difference"], accuracy["standard_error"], "+.2%"),
+                points(accuracy["difference"], accuracy["standard_error"], 2),
                 "n/a" if spread is None else f"{spread:.2%}",
                 with_error(statistics.fmean(loss), standard_error(loss), "+.4f"),
                 str(sum(value > 0 for value in loss)),
@@ -240,11 +245,11 @@ def _baselines(task: str, result: dict[str, Any]) -> str:
             test = ttest_rel(*([of[seed] for seed in seeds] for of in (final["lgp"], accuracy)))
             low, high = test.confidence_interval(0.95)
             mean = statistics.fmean(final["lgp"][seed] - accuracy[seed] for seed in seeds)
-            told = [f"{mean:+.1%} ({low:+.1%} to {high:+.1%})", f"{test.pvalue:.2g}"]
+            told = [f"{points(mean)} ({100 * low:+.1f} to {100 * high:+.1f})", f"{test.pvalue:.2g}"]
         mean_accuracy = f"{statistics.fmean(accuracy[seed] for seed in seeds):.1%}"
         rows.append([NAMES[arm], ratio(arms[arm]["total_seconds"]), mean_accuracy, *told])
     header = [f"{task}, {seeds_of(arms['lgp'])}", "time, in Trainer's", "final accuracy"]
-    return table([*header, "LGPTrainer's, against it (95%)", "p, paired t-test"], rows) or ""
+    return table([*header, "`LGPTrainer` minus this row (95%)", "p, paired t-test"], rows) or ""
 
 
 def ablation() -> str | None:
@@ -266,7 +271,7 @@ def ablation() -> str | None:
                     NAMES[arm],
                     str(len(seeds)),
                     f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})",
-                    with_error(statistics.fmean(off), standard_error(off), "+.1%"),
+                    points(statistics.fmean(off), standard_error(off)),
                     with_error(statistics.fmean(loss), standard_error(loss), "+.3f"),
                 ]
             )
@@ -284,7 +289,7 @@ def noise() -> str | None:
             pairs = [(cell["final"], plain[seed]["final"]) for seed, cell in own.items() if seed in plain]
             off, loss = ([mine[n] - theirs[n] for mine, theirs in pairs] for n in ("accuracy", "loss"))
             row = [f"{task}: {NAMES[arm]}", str(len(pairs))]
-            row += [with_error(statistics.fmean(off), standard_error(off), "+.2%")]
+            row += [points(statistics.fmean(off), standard_error(off), 2)]
             rows.append([*row, with_error(statistics.fmean(loss), standard_error(loss), "+.4f")])
     header = [
         "what noise costs, at equal epochs",
@@ -380,15 +385,17 @@ def coverage() -> str | None:
     passed = [row for row in rows if "exact_because" not in row]
     if not rows:
         return None
-    texts = ""
-    for figures in (figures for result in results("finetune_text") for figures in result["summary"].values()):
-        time, off = figures["time_ratio_95"], figures["accuracy_difference_95"]
-        texts += (
-            f" On short texts, where predictions do not pay, fine-tuning takes {time[0]:.2f} to {time[1]:.2f} of `Trainer`'s time, accuracy "
-            f"{100 * off[0]:+.1f} to {100 * off[1]:+.1f} points (95%, {figures['seeds']} seeds)."
-        )
+    told = [
+        f"{figures['time_ratio']:.2f} of `Trainer`'s time on {TEXTS[task]} (accuracy {points(figures['accuracy_difference'])}, "
+        f"{100 * figures['accuracy_difference_95'][0]:+.1f} to {100 * figures['accuracy_difference_95'][1]:+.1f} at 95%)"
+        for result in results("finetune_text*")
+        for task, figures in result["summary"].items()
+    ]
+    texts = (
+        f" On short texts predictions do not pay; fine-tuning a small BERT takes {' and '.join(told)}." if told else ""
+    )
     return (
-        f"Of {len(rows)} model types that were tried, {len(passed)} pass the check and can be predicted; the others train exactly and say why: "
+        f"Of {len(rows)} model types and variants that were tried, {len(passed)} pass the check; the others train exactly and say why: "
         f"[the table](docs/compatibility.md#models).{texts}"
     )
 
@@ -424,6 +431,19 @@ def architectures() -> str | None:
     return table([*header, "least price, and its fraction and rows", "bias over all draws", "at this size"], rows)
 
 
+def seeds_of_architectures() -> str | None:
+    """How much single rows of that table scatter from seed to seed."""
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for result in results("seeds_of_architectures"):
+        for name, row in sorted(result["rows"].items()):
+            by_model.setdefault(name.split(": ", 1)[1].split(", seed")[0], []).append(row["explained"]["2"])
+    rows = [
+        [f"`{model}`", str(len(each)), *(", ".join(f"{e[name]:.2f}" for e in each) for name in ("mean", "weighted"))]
+        for model, each in by_model.items()
+    ]
+    return table(["model type", "seeds", "explained by 17 rows: mean over tensors", "weighted"], rows)
+
+
 def finetune_text() -> str | None:
     """A pretrained BERT fine-tuned on texts."""
     rows = []
@@ -457,7 +477,7 @@ TABLES: dict[str, list[Callable[[], str | None]]] = {
         paper_launches,
         finetune_text,
     ],
-    "docs/compatibility.md": [architectures],
+    "docs/compatibility.md": [architectures, seeds_of_architectures],
 }
 
 

@@ -135,15 +135,19 @@ class LGPTrainer(Trainer):
                 loss = super().training_step(model, batch, num_items_in_batch)
         except SpliceError as error:
             if self.args.world_size > 1:  # the other processes would wait for this one
-                raise RuntimeError(f"Of this model, {error}. Use `lgp_control_fraction=1` to train exactly.") from error
+                raise RuntimeError(
+                    f"The gradients of this model cannot be predicted: {error}. Use `lgp_control_fraction=1` to train exactly."
+                ) from error
             if error.in_backward and not session.first_of_step:
-                raise RuntimeError(f"Gradients of this step are incomplete: of this model, {error}.") from error
+                raise RuntimeError(
+                    f"Predictions failed in the middle of an accumulated step, whose gradients are incomplete: {error}. Use `lgp_control_fraction=1` to train exactly."
+                ) from error
             failed = f"{error}"
         if failed is not None:  # the error would keep what the step held
             session.refused = failed
             if session.first_of_step:
                 model.zero_grad()  # the backward may have begun
-            logger.warning(f"LGPTrainer trains exactly from step {self.state.global_step} on: of this model, {failed}.")
+            logger.warning(f"From step {self.state.global_step} on, LGPTrainer trains this model exactly: {failed}.")
             return LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
         # A forward pass is a third of a step by operation count.
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
@@ -197,7 +201,7 @@ class LGPTrainer(Trainer):
                 f"The gradients of this model cannot be predicted: {reason}. Use `lgp_control_fraction=1` to train exactly, or leave "
                 "`lgp_control_fraction` and `lgp_predictor` at their defaults, which do that by themselves."
             )
-        logger.warning(f"LGPTrainer trains exactly: {reason}.")
+        logger.warning(f"LGPTrainer trains this model exactly: {reason}.")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of the step just taken: examples with predicted gradients have hardly any backward pass."""

@@ -51,29 +51,33 @@ class FoldedAttention(torch.autograd.Function):
             p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(x.dtype)
             used = p if kept is None else p * kept.reshape(p.shape)
             pooled = (used @ x).view(m, s, heads, -1)
-            return _by_head(pooled, value.mT, value_bias), folded, p, used, pooled
+            left = None if kept is None else used.view(m, s, heads, -1)
+            return _values(pooled, value, value_bias, left), folded, p, used, pooled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         q, key, value, value_bias, x, bias, kept, key_bias = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, key, value, x, kept, *output[1:])
+        ctx.save_for_backward(q, key, value, value_bias, x, kept, *output[1:])
         ctx.key_bias = None if key_bias is None else key_bias.shape
-        ctx.has_value_bias, ctx.bias_shape = value_bias is not None, None if bias is None else bias.shape
+        ctx.bias_shape = None if bias is None else bias.shape
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 8
-        q, key, value, x, kept, folded, p, used, pooled = ctx.saved_tensors
+        q, key, value, value_bias, x, kept, folded, p, used, pooled = ctx.saved_tensors
         m, s, heads, _ = q.shape
         with torch.autocast(q.device.type, enabled=False):
             turned = x.mT
             from_values = _by_head(grad, value).view_as(folded)
-            d_p = from_values @ turned
+            d_p, of_bias = from_values @ turned, grad
             if kept is not None:
+                if value_bias is not None:
+                    d_p = d_p + (grad * value_bias.transpose(0, 1)).sum(-1).view(m, s * heads, 1)
+                    of_bias = grad * used.view(m, s, heads, -1).sum(-1, keepdim=True)
                 d_p = d_p * kept.reshape(d_p.shape)
             d_scores = aten._softmax_backward_data(d_p, p, -1, p.dtype)
             d_folded = (d_scores @ x).view_as(pooled)
@@ -81,7 +85,7 @@ class FoldedAttention(torch.autograd.Function):
             d_bias = None
             if ctx.needs_input_grad[5]:
                 d_bias = d_scores.view(m, s, heads, -1).sum_to_size(ctx.bias_shape)
-            d_value_bias = grad.sum((0, 1))[:, None] if ctx.has_value_bias else None
+            d_value_bias = None if value_bias is None else of_bias.sum((0, 1))[:, None]
             return (
                 _by_head(d_folded, key.mT),
                 _outer(q, d_folded) if ctx.needs_input_grad[1] else None,
@@ -143,8 +147,17 @@ def _attend(
     if isinstance(value, Tensor):
         return (p @ value).transpose(1, 2)
     weight, v_bias = value
-    pooled = (p.transpose(1, 2).flatten(1, 2) @ x.to(dtype)).unflatten(1, (p.shape[2], p.shape[1]))
-    return _by_head(pooled, weight.mT.to(dtype), None if v_bias is None else v_bias.to(dtype))
+    p = p.transpose(1, 2)
+    pooled = (p.flatten(1, 2) @ x.to(dtype)).unflatten(1, p.shape[1:3])
+    bias = None if v_bias is None else v_bias.to(dtype)
+    return _values(pooled, weight.to(dtype), bias, None if kept is None else p)
+
+
+def _values(pooled: Tensor, value: Tensor, bias: Tensor | None, left: Tensor | None) -> Tensor:
+    """Values of pooled rows ``(m, S, H, D)``; the bias counts as much as dropout has left of the probabilities ``(m, S, H, T)``, if there is dropout."""
+    if bias is None or left is None:
+        return _by_head(pooled, value.mT, bias)
+    return _by_head(pooled, value.mT) + left.sum(-1, keepdim=True) * bias.transpose(0, 1)
 
 
 def _heads_first(rows: Tensor) -> Tensor:

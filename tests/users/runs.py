@@ -120,7 +120,7 @@ def assert_exact_with_one_warning(
     caplog.clear()
     automatic.train()
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "hf_lgp" and r.levelname == "WARNING"]
-    assert warning.startswith("LGPTrainer trains exactly: ") and reason in warning and "\n" not in warning
+    assert warning.startswith("LGPTrainer trains this model exactly: ") and reason in warning and "\n" not in warning
     assert losses(automatic) == losses(plain)
     assert automatic._lgp_steps["predicted"] == 0
     assert_same_weights(automatic.model, plain.model)

@@ -99,7 +99,7 @@ def test_what_breaks_after_the_check_is_trained_exactly_from_there(
     assert trainer._lgp_steps == steps
     assert trainer.state.global_step == len(losses(trainer)) == 12
     (warning,) = warnings_of(caplog)
-    assert "trains exactly from step 10 on" in warning and "\n" not in warning
+    assert "From step 10 on" in warning and "\n" not in warning
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -136,7 +136,7 @@ def test_blocks_left_out_at_random_are_seen_in_the_check(
     trainer.train()
     assert trainer._lgp_steps == {"exact": 4, "predicted": 0}
     (warning,) = warnings_of(caplog)
-    assert "trains exactly: " in warning
+    assert "trains this model exactly: " in warning
     assert not any("forward" in module.__dict__ for module in model.modules())
     fixed = arguments(tmp_path, max_steps=4, lgp_control_fraction=0.5)
     with pytest.raises(ValueError, match="cannot be predicted"):
@@ -179,7 +179,7 @@ def test_losses_that_appear_in_training_alone_are_seen_in_the_check(
     args = arguments(tmp_path, max_steps=3, lgp_control_fraction=0.0)
     trainer = LGPTrainer(model, args, train_dataset=DATA)
     trainer.train()
-    assert trainer._lgp_steps["predicted"] == 0 and "trains exactly: " in warnings_of(caplog)[0]
+    assert trainer._lgp_steps["predicted"] == 0 and "trains this model exactly: " in warnings_of(caplog)[0]
     assert model.calls == 3, "the check leaves buffers as they were"
 
 
