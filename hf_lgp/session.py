@@ -61,10 +61,8 @@ class Session:
         self._latest: list[tuple[str, int, int]] = []
         self._learnt: Mapping[str, Tensor] | None = None
         self._entries = 0.0  # of the largest micro-batch
-        self._rest, self._rested = (
-            0,
-            0,
-        )  # micro-batches without a plan, to come and past, of which the controller does not know yet
+        self._rest = 0  # micro-batches without a plan to come
+        self._rested = 0  # and past, of which the controller does not know yet
         self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -11,20 +10,20 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer
 
 from .attention_interface import intercepted_attention
 from .compatibility import refuse_incompatible
 from .control.exchange import holds_everywhere
 from .methods import LinearMethod, Method, row_walk
 from .renamed_weights import restore_renamed_weights
-from .report.figure_callback import FigureCallback
 from .report.log_lines import library_logger, postfix, readings, summary
 from .report.model_card import extend_card
 from .rows.compiled import Compiled
 from .rows.leaves import Run, run_eagerly
 from .rows.parts import NothingTrained, UnknownBlock
 from .rows.walk import RowBudget
+from .run_callback import RunCallback
 from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
@@ -34,16 +33,6 @@ from .verify import entries_of, evaluating, examples_of, few_of, unchanged, unra
 logger = library_logger()
 
 _CHECKED = 4  # examples that the check of a model takes
-
-
-class _RunBegins(TrainerCallback):
-    """Tells when a training loop begins, after a checkpoint was loaded."""
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin = begin
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._begin()
 
 
 class LGPTrainer(Trainer):
@@ -68,8 +57,7 @@ class LGPTrainer(Trainer):
         self._lgp_loading: str | None = None
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_RunBegins(self._lgp_begin_run))
-        self.add_callback(FigureCallback)
+        self.add_callback(RunCallback(self._lgp_begin_run))
         self._lgp_validate()
 
     def _lgp_validate(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lgp.report.figure import draw_history, series
-from hf_lgp.report.figure_callback import FigureCallback
+from hf_lgp.run_callback import RunCallback
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 10, "loss": 2.0, "lgp/fraction": 1.0},
@@ -59,7 +59,7 @@ def test_without_matplotlib_there_is_no_figure(tmp_path: Path, monkeypatch: pyte
 
 def _finish(folder: Path, **state: Any) -> None:
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none")
-    FigureCallback().on_train_end(arguments, TrainerState(log_history=HISTORY, **state), TrainerControl())
+    RunCallback(lambda: None).on_train_end(arguments, TrainerState(log_history=HISTORY, **state), TrainerControl())
 
 
 def test_the_callback_draws_on_the_main_process_only(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ GROUND = {
 }  # fmt: skip
 TOP = {
     "attention_interface.py", "trainer.py", "training_args.py", "compatibility.py", "renamed_weights.py", "probe.py",
-    "cli.py", "report/figure_callback.py", "__init__.py",
+    "cli.py", "run_callback.py", "__init__.py",
 }  # fmt: skip
 
 

@@ -63,10 +63,12 @@ def test_what_dropout_leaves_multiplies_the_probabilities() -> None:
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 1.0])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("folded", ["", "value", "key and value"])
-def test_keys_and_values_may_be_made_or_folded_and_shared(folded: str, shared: int, dropout: float) -> None:
+def test_keys_and_values_may_be_made_or_folded_and_shared(
+    folded: str, shared: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = tensors()
     q, key, value, value_bias, x, bias = (t for t in given.values() if t is not None)
     query = q.repeat_interleave(shared, 2).transpose(1, 2)
@@ -74,9 +76,14 @@ def test_keys_and_values_may_be_made_or_folded_and_shared(folded: str, shared: i
     of_key: Any = (key, None) if "key" in folded else keys
     of_value: Any = (value, value_bias) if "value" in folded else values
     mask = bias.transpose(1, 2).repeat_interleave(shared, 1)
+    kept = torch.randint(0, 2, (M, H, shared * S, T)) / (1.0 - dropout) if dropout else torch.ones(M, H, shared * S, T)
+    monkeypatch.setattr(F, "dropout", lambda ones, p: ones * kept)
     out = attend(query, x, of_key, of_value, mask, dropout)
-    expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=1.0, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(out, torch.zeros_like(out) if dropout else expected)
+    keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+    # Of heads that share keys, each one's rows are taken for further rows.
+    kept = kept.view(M, H, shared, S, T).flatten(1, 2).to(query)
+    expected = ((query @ keys.mT + mask).softmax(-1) * kept) @ values
+    torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 LIKE = torch.zeros((), dtype=torch.float64)
