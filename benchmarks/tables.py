@@ -256,7 +256,7 @@ def _baselines(task: str, result: dict[str, Any]) -> str:
 def ablation() -> str | None:
     """What each idea brings: automatic runs without it, against those with all of them, seed by seed."""
     rows = []
-    for task, result in (*runs_with("time_to_accuracy_*", "lgp"), *runs_with("ablation_*", "lgp")):
+    for task, result in (*runs_with("time_to_accuracy_*", "lgp"), *runs_with("ablation_*")):
         whole = by_seed(result["cells"], "lgp")
         for arm, idea in IDEAS.items():
             without = by_seed(result["cells"], arm)
