@@ -437,7 +437,8 @@ def seeds_of_architectures() -> str | None:
     by_model: dict[str, list[dict[str, Any]]] = {}
     for result in results("seeds_of_architectures"):
         for name, row in sorted(result["rows"].items()):
-            by_model.setdefault(name.split(": ", 1)[1].split(", seed")[0], []).append(row["explained"]["2"])
+            if "explained" in row:
+                by_model.setdefault(name.split(": ", 1)[1].split(", seed")[0], []).append(row["explained"]["2"])
     rows = [
         [f"`{model}`", str(len(each)), *(", ".join(f"{e[name]:.2f}" for e in each) for name in ("mean", "weighted"))]
         for model, each in by_model.items()

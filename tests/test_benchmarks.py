@@ -129,7 +129,9 @@ def test_tables_are_drawn_from_whatever_is_there(
     on_paper = {"gpus": {"T4": {"32": figures}}, "assumed": {"T4": {"dtype": "fp16"}}, "settings": {"vit": VIT}}
     on_paper["launches"] = {"exact": 900, "predicted": 2000, "measuring": 5000}
     write_json(tmp_path / "paper_cost_tiny.json", on_paper)
-    write_json(tmp_path / "architectures_tiny.json", {"rows": small_rows("--steps", "2", "--rounds", "1")})
+    small = {"rows": small_rows("--steps", "2", "--rounds", "1")}
+    write_json(tmp_path / "architectures_tiny.json", small)
+    write_json(tmp_path / "seeds_of_architectures.json", small)
     cells = [
         {"task": "r8", "arm": a, "seed": s, "seconds": 1.0 + s, "accuracy": 0.5}
         for a in ("trainer", "lgp")
