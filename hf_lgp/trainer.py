@@ -55,6 +55,7 @@ class LGPTrainer(Trainer):
         self._lgp: Session | None = None
         self._lgp_cost = 1.0
         self._lgp_loading: str | None = None
+        self._lgp_exhausted = False  # whether memory ran out in the check of the model: it may be worth a smaller batch
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(RunCallback(self._lgp_begin_run))
@@ -181,7 +182,7 @@ class LGPTrainer(Trainer):
         except Exception as error:
             if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
                 raise
-            reason = "memory ran out in its check"
+            reason, self._lgp_exhausted = "memory ran out in its check", True
         if (reason := session.use(method, reason, trained)) is None:
             return
         if settings.demanded and needed:
