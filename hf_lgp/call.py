@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,7 @@ class Call:
         ]
         self.streams = [*self.control, *([Stream(others, rows[others], self.how)] if others is not None else [])]
         self.notes: list[BlockNotes] = []
+        self.inner: list[weakref.ref[Tensor]] = []  # where no gradient must arrive but by :meth:`_pull`
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -97,10 +99,11 @@ class Call:
         hidden = self._noted([stream.rows for stream in self.streams])
         notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
         needs_input = self._needs_input(self.done)
+        # Control examples last: who listens within a block keeps theirs, which has a graph, so that its use is noticed.
         told = [
             stream.block(part, forward, notes if whole else notes.take(stream.examples), self.leaves, needs_input)
-            for stream in self.streams
-        ]
+            for stream in reversed(self.streams)
+        ][::-1]
         noted = [each for _, each in told]
         stream = noted[0] if whole else tree_map(lambda *t: torch.cat(t), *noted)
         self.notes.append(replace(notes, stream=stream))
@@ -118,23 +121,24 @@ class Call:
     def _ordered(self, key: int | str, value: Any) -> Any:
         """An argument of a block with its examples in the call's order."""
 
-        def select(t: Any) -> Any:
+        def asks(t: Any) -> Any:
             if isinstance(t, Tensor) and t.requires_grad:
                 raise SpliceError("its blocks are given something besides their rows that asks for a gradient")
-            if not isinstance(t, Tensor) or t.dim() == 0 or len(t) != self.m:
+            return t
+
+        def select(t: Any) -> Any:
+            if not isinstance(asks(t), Tensor) or t.dim() == 0 or len(t) != self.m:
                 return t
             if id(t) not in self._selected:
                 self._selected[id(t)] = (t if self.whole else t.index_select(0, self.order), t)
             return self._selected[id(t)][0]
 
-        if key in self.unbatched:
-            map_tensors(select, value)
-            return value
-        return map_tensors(select, value)
+        return map_tensors(asks if key in self.unbatched else select, value)
 
     def finish(self) -> Tensor:
         """The stack's output for all examples, in their own order, shape ``(m, T, D)``."""
         self._selected.clear()
+        self.inner = [weakref.ref(t) for stream in self.control for t in stream.inner]
         left = [stream.rows for stream in self.streams]
         value = left[0]
         if len(left) > 1:

@@ -7,6 +7,7 @@ the model is as it was.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -70,6 +71,10 @@ def find_stacks(
         NothingTrained: If no block has a parameter that is trained.
     """
     found = heard(model, run, intercept)
+    if any(getattr(out, "attentions", None) is not None for out in found.made.values()):
+        raise UnknownBlock(
+            "it returns attention weights, which not all examples and rows have: leave `output_attentions` off"
+        )
     if not found.spots:
         raise UnknownBlock(
             "it calls attention neither by transformers' interface nor by `F.scaled_dot_product_attention`"
@@ -127,18 +132,25 @@ def spliced(
     """A context in which a model's stacks follow a plan.
 
     Raises:
-        SpliceError: In the model's forward, if it uses a stack in another way than one block after the other.
+        SpliceError: In the model's forward, if it uses a stack in another way than one block after the other; at the end, if a
+            gradient arrived where a hook may have taken something out of a block.
     """
     if plan.plain:
         yield
         return
     numbers = count()
-    replaced: list[tuple[nn.Module, Callable[..., Any]]] = []
-    for stack in stacks:
-        runs = _Runs(stack, plan, numbers, how, observed)
-        replaced += [(p.block, partial(runs.block, i, p.block.forward)) for i, p in enumerate(stack.parts)]
+    runs = [_Runs(stack, plan, numbers, how, observed) for stack in stacks]
+    replaced = [
+        (part.block, partial(each.block, i, part.block.forward))
+        for each in runs
+        for i, part in enumerate(each.stack.parts)
+    ]
     with module_by_module(), forward_replaced(*replaced):
         yield
+    if any((t := ref()) is not None and t.grad is not None for each in runs for ref in each.inner):
+        error = SpliceError("its loss reads something from inside its blocks")
+        error.in_backward = True
+        raise error
 
 
 class _Runs:
@@ -153,6 +165,7 @@ class _Runs:
         self.rest = how, observed
         self.plan, self.numbers = plan, numbers
         self.call: Call | None = None
+        self.inner: list[weakref.ref[Tensor]] = []
 
     def block(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -165,6 +178,10 @@ class _Runs:
             if torch.is_grad_enabled() and self.first_row and i == len(self.stack.parts) - 1:
                 return self._first_row(hidden, args, kwargs)
             return forward(hidden, *args, **kwargs)
+        if i == 0 and torch._C._current_graph_task_id() != -1:  # others would be the control examples
+            raise SpliceError(
+                "its stack of blocks is run once more in the backward, such as for activation checkpointing"
+            )
         if i == 0 and isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed):
             self.call = Call(self.predicted, self.stack.unbatched, self.plan, next(self.numbers), hidden, *self.rest)
         call = self.call
@@ -174,6 +191,7 @@ class _Runs:
         out: Tensor = call.sealed
         if i + 1 == len(self.predicted):
             out, self.call = call.finish(), None
+            self.inner += call.inner
         return out if rest is None else (out, *rest)
 
     def _first_row(self, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -96,6 +96,11 @@ class ControlStream(Stream):
         self.rows = out.detach()
         return rest, noted
 
+    @property
+    def inner(self) -> list[Tensor]:
+        """What its graphs begin with: rows and leaves."""
+        return [t for entered, leaves, _ in self._graphs for t in (entered, *leaves.values())]
+
     def pull(self, delta: Tensor) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """One block back, from the last: gradients of the rows that entered it and of leaves, given that of its output."""
         entered, leaves, out = self._graphs.pop()

@@ -1,7 +1,7 @@
 """Trust, but verify: before anything is predicted, the spliced model must do on a few examples what the model does.
 
-With every example a control example, the loss and every parameter's gradient must be the model's own; with half of them, the loss. This one check replaces every
-table of supported models.
+With every example a control example, the loss and every parameter's gradient must be the model's own; with half of them, the loss and the gradients behind the stacks. This
+one check replaces every table of supported models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from .control.plan import StepPlan
 from .rows.parts import UnknownBlock
 from .rows.walk import HowToWalk
 from .sealed import SpliceError
+from .splice import Spliced
 from .stack import Stack, spliced
 
 _WIDE, _HALF = (1e-3, 1e-3), (5e-2, 1e-2)
@@ -27,6 +30,14 @@ _WIDE, _HALF = (1e-3, 1e-3), (5e-2, 1e-2)
 
 _MEMORY = ("out of memory", "not enough memory", "allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
 """What errors say that a smaller batch may cure."""
+
+
+class _Ran(NamedTuple):
+    """What one run of the model gave, in the order of its trained parameters."""
+
+    loss: Tensor
+    gradients: tuple[Tensor | None, ...]
+    behind: tuple[Tensor | None, ...]  # the gradients without the stacks' own: None before and within them
 
 
 def verified(
@@ -40,54 +51,69 @@ def verified(
     allowed, least = _HALF if half else _WIDE
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def run(stacks: Sequence[Stack], plan: StepPlan) -> tuple[Tensor, list[Tensor | None]]:
+    def run(stacks: Sequence[Stack], plan: StepPlan) -> _Ran:
         with refusing(), unrandom(), spliced(stacks, plan, how):
-            value = loss()
+            with patch.object(Spliced, "backward", _gradient_in_loss):
+                value = loss()
             scaled = value * 1024.0 if half else value  # or small gradients would be rounding in fp16
-            return value.detach(), list(torch.autograd.grad(scaled, parameters, allow_unused=True))
+            gradients = partial(torch.autograd.grad, scaled, parameters, allow_unused=True)
+            behind: tuple[Tensor | None, ...] = ()
+            if stacks:
+                with patch.object(Spliced, "backward", _nothing):
+                    behind = gradients(retain_graph=True)
+            return _Ran(value.detach(), gradients(), behind)
 
-    def same(stacks: Sequence[Stack], plan: StepPlan, times: float = 1.0) -> str | None:
-        """How the spliced model differs, None if it does not."""
-        try:
-            value, gradients = run(stacks, plan)
-        except UnknownBlock as error:
-            return str(error)
-        if not _close(value, plain, allowed):
+    def alike(gradients: Sequence[Tensor | None], expected: Sequence[Tensor | None], times: float = 1.0) -> bool:
+        largest = max((float(g.norm()) for g in expected if g is not None), default=0.0)
+        pairs = ([torch.zeros(()) if g is None else g for g in pair] for pair in zip(gradients, expected, strict=True))
+        return all(float((a - b).norm()) <= times * allowed * max(float(b.norm()), least * largest) for a, b in pairs)
+
+    def difference(own: _Ran, plain: _Ran, times: float = 1.0) -> str | None:
+        if not _close(own.loss, plain.loss, allowed):
             return "its loss is another one when its blocks are run by themselves"
-        largest = max(float(g.norm()) for g in exact if g is not None)
-        for own, other in zip(gradients, exact, strict=True):
-            a, b = (torch.zeros(()) if g is None else g for g in (own, other))
-            if not float((a - b).norm()) <= times * allowed * max(float(b.norm()), least * largest):
-                return "its gradient is another one when its blocks are run by themselves"
+        if not alike(own.gradients, plain.gradients, times):
+            return "its gradient is another one when its blocks are run by themselves"
         return None
 
-    by_group = StepPlan(measure=2, first_row=True)
+    def same(stacks: Sequence[Stack], plan: StepPlan, plain: _Ran, times: float = 1.0) -> str | None:
+        """How the spliced model differs, None if it does not."""
+        try:
+            return difference(run(stacks, plan), plain, times)
+        except UnknownBlock as error:
+            return str(error)
+
+    all_control, by_group = StepPlan(all_control=True), StepPlan(measure=2, first_row=True)
     with evaluating(model):
-        plain, exact = run((), StepPlan(all_control=True))
+        plain = run((), all_control)
         stacks = [replace(stack, first_row_only=False) for stack in stacks]
-        if (reason := same(stacks, StepPlan(all_control=True))) is not None:
+        whole = run(stacks, all_control)
+        if (reason := difference(whole, plain)) is not None:
             raise UnknownBlock(reason)
         for k, stack in enumerate(stacks):
             trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
-            if same(trial, StepPlan(first_row=True, all_control=True)) is None:
+            # What such a dropout does to other rows, the first cannot know.
+            if not stack.parts[-1].before and same(trial, replace(all_control, first_row=True), plain) is None:
                 stacks = trial
-        value, gradients = run(stacks, StepPlan(0.5, first_row=True))
-        if not _close(value, plain, allowed):
+        split = run(stacks, StepPlan(0.5, first_row=True))
+        # A new head may be zero: then its loss tells nothing of what it reads, but its gradient does.
+        behind = [k for k, g in enumerate(whole.behind) if g is not None]
+        heads, expected = ([each.behind[k] for k in behind] for each in (split, whole))
+        if not _close(split.loss, plain.loss, allowed) or not alike(heads, expected):
             raise UnknownBlock(
                 "its loss is another one when only some examples have a graph: its blocks do not treat examples independently"
             )
-        if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+        if not all(bool(g.isfinite().all()) for g in split.gradients if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
-        vectorized = same(stacks, by_group, 4.0) is None  # `torch.vmap` has many ways to refuse
+        vectorized = same(stacks, by_group, plain, 4.0) is None  # `torch.vmap` has many ways to refuse
         model.train()  # some do what they do not do in evaluation; with one stream, random numbers are drawn as by the model
         blocks = [part.block for stack in stacks for part in stack.parts]
         with unchanged(*blocks, put_back=True) as moved:
             with unchanged(model):
-                plain, exact = run((), StepPlan(all_control=True))
+                plain = run((), all_control)
             with unchanged(model):
-                reason = same(stacks, StepPlan(all_control=True))
+                reason = same(stacks, all_control, plain)
             # Some models never do the same twice, such as those with a random stream of their own.
-            if reason is not None and _close(run((), StepPlan(all_control=True))[0], plain, allowed):
+            if reason is not None and _close(run((), all_control).loss, plain.loss, allowed):
                 raise UnknownBlock(reason)
             run(stacks, StepPlan(0.5, first_row=True))
             try:
@@ -99,17 +125,30 @@ def verified(
     return tuple(stacks), replace(how, vectorized=vectorized)
 
 
+def _gradient_in_loss(ctx: Any, *deltas: Tensor | None) -> Any:
+    raise SpliceError("its loss is made of gradients")  # of which it would be given estimates
+
+
+def _nothing(ctx: Any, *deltas: Tensor | None) -> tuple[None, ...]:
+    return (None,) * len(ctx.needs_input_grad)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of a device or of the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in _MEMORY)
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """A context in which whatever goes wrong is a reason not to predict, unless memory runs out."""
     try:
         yield
-    except (UnknownBlock, MemoryError, torch.OutOfMemoryError):
+    except UnknownBlock:
         raise
     except SpliceError as error:
         raise UnknownBlock(str(error)) from error
     except Exception as error:
-        if any(sign in str(error) for sign in _MEMORY):
+        if out_of_memory(error):
             raise
         raise UnknownBlock(f"running it in parts raises {type(error).__name__}: {error}") from error
 

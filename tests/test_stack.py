@@ -142,6 +142,14 @@ def test_a_tensor_whose_first_dimension_happens_to_be_the_batch_is_left_whole() 
     assert seen and all(t is table for t in seen)
 
 
+def test_a_table_as_long_as_the_batch_is_not_cut_into_groups() -> None:
+    """DINOv3's tables of rotations have an entry for each patch, here as many as there are examples."""
+    model, inputs = model_of("dinov3").eval(), inputs_of("dinov3")
+    expected = gradients(model, inputs)
+    with spliced(stacks_of("dinov3", model), StepPlan(measure=2), ONE_BY_ONE):
+        assert_close(gradients(model, inputs), expected)
+
+
 def test_without_gradients_nothing_is_spliced() -> None:
     model, inputs = model_of("vit").eval(), inputs_of("vit")
     with torch.no_grad():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import inputs_of, model_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.methods import row_walk
@@ -61,6 +62,66 @@ def test_examples_that_meet_in_the_blocks_are_found_out() -> None:
     model.vit.layers[1].mlp = Meeting()
     with pytest.raises(UnknownBlock, match="independently"):
         check(model)
+
+
+def test_they_are_found_out_before_the_head_has_learnt_to_read_them() -> None:
+    """A new head may be zero: no loss depends on what comes before it."""
+    model = model_of("vit").eval()
+    nn.init.zeros_(model.classifier.weight)
+    assert check(model).has_first_row
+    attend = model.vit.layers[1].attention.forward
+    model.vit.layers[1].attention.forward = lambda rows, *a, **k: attend(rows + rows.mean(0, keepdim=True), *a, **k)
+    with pytest.raises(UnknownBlock):
+        check(model)
+
+
+def test_a_loss_that_is_made_of_gradients_is_found_out() -> None:
+    """Of an adversary's step, an estimate is no estimate."""
+    model = model_of("vit").eval()
+
+    def loss(few: Any) -> Tensor:
+        pixels = few["pixel_values"].clone().requires_grad_()
+        clean = model(pixels, labels=few["labels"]).loss
+        (slope,) = torch.autograd.grad(clean, pixels, retain_graph=True)
+        return clean + model(pixels.detach() + 1e-6 * slope.sign(), labels=few["labels"]).loss
+
+    with pytest.raises(UnknownBlock, match="made of gradients"):
+        check(model, loss)
+
+
+def test_a_stack_that_is_run_again_in_the_backward_is_found_out() -> None:
+    """It would draw other control examples than in the forward."""
+    model = model_of("vit").eval()
+    encode = model.vit.encoder.forward if hasattr(model.vit, "encoder") else model.vit.forward
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(encode, *args, use_reentrant=False, **kwargs)
+
+    model.vit.forward = again
+    with pytest.raises(UnknownBlock, match="run once more in the backward"):
+        check(model)
+
+
+def test_attention_weights_are_not_returned() -> None:
+    model = model_of("vit").eval()
+    model.set_attn_implementation("eager")
+    with pytest.raises(UnknownBlock, match="output_attentions"):
+        check(model, lambda few: model(**few, output_attentions=True).loss)
+
+
+@pytest.mark.parametrize("before", [nn.Dropout(0.5), nn.Identity()])
+def test_a_dropout_before_attention_meets_all_rows(before: nn.Module) -> None:
+    model = model_of("fused").eval()
+    last = model.blocks[-1]
+    last.before = before
+
+    def forward(x: Tensor) -> Tensor:
+        x = x + last.attn(last.before(last.norm1(x)))
+        return x + last.mlp(last.norm2(x))
+
+    kind = type("WithDropout", (type(last),), {"forward": lambda self, x: forward(x)})
+    last.__class__ = kind
+    assert check(model, lambda few: model(**few)["loss"]).has_first_row == isinstance(before, nn.Identity)
 
 
 def test_a_loss_that_reads_between_blocks_is_found_out() -> None:
@@ -129,7 +190,7 @@ def test_a_loss_that_is_differentiated_twice_is_found_out() -> None:
         (inner,) = torch.autograd.grad(out, [model.vit.embeddings.cls_token], create_graph=True)
         return out + slope.square().sum() + inner.square().sum()
 
-    with pytest.raises(UnknownBlock, match="differentiated twice"):
+    with pytest.raises(UnknownBlock, match="made of gradients"):
         check(model, loss)
 
 

@@ -35,6 +35,7 @@ class BlockParts:
     value: Projection | None  # the same for values
     on_few: bool  # whether the attention module is given the followed rows alone, not all
     early: tuple[nn.Dropout, ...]  # dropouts within it that run before attention
+    before: tuple[nn.Dropout, ...]  # dropouts of the block that run before it
     norms: tuple[Norm, ...]  # norms of the block, without ``front``
     dropouts: tuple[nn.Dropout, ...]  # its dropouts
 
@@ -141,8 +142,9 @@ def parts_of(block: nn.Module, found: Heard) -> BlockParts:
     dropouts = tuple(m for m in block.modules() if isinstance(m, nn.Dropout))
     on_few = all(p is not None and p.module is not attention for p in (key, value))
     known = tuple(norm for norm in norms if norm is not None)
-    early = tuple(d for d in dropouts if d in spot.ran and d in within)
-    return BlockParts(block, attention, front, behind, key, value, on_few, early, known, dropouts)
+    ran = [d for d in dropouts if d in spot.ran]
+    early, before = (tuple(d for d in ran if (d in within) is inside) for inside in (True, False))
+    return BlockParts(block, attention, front, behind, key, value, on_few, early, before, known, dropouts)
 
 
 def _attention_of(block: nn.Module, hidden: Tensor, spot: Spot, found: Heard) -> tuple[nn.Module, nn.Module | None]:

@@ -213,6 +213,47 @@ def test_a_step_that_fails_in_the_backward_is_taken_once(tmp_path: Path, monkeyp
     assert all(torch.equal(exact[name], g) for name, g in after.items()) and exact.keys() == after.keys()
 
 
+@pytest.mark.parametrize("taken", ["output", "input"])
+def test_what_a_hook_takes_out_of_a_block_for_the_loss_is_no_part_of_it(
+    taken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the fourth step on a loss reads what a hook took: what went in has no graph of its own to break."""
+    heard: list[Tensor] = []
+
+    def run(base: type[Trainer], **settings: Any) -> Trainer:
+        class Listening(base):  # type: ignore[misc, valid-type]
+            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+                heard.clear()
+                return model(**inputs).loss + (0.1 * heard[-1].mean() if self.state.global_step >= 3 else 0.0)
+
+        model = tiny_vit(torch.float32, num_hidden_layers=3)
+        layer = model.vit.layers[0].mlp.fc1 if taken == "output" else model.vit.layers[0].layernorm_before
+        layer.register_forward_hook(lambda _, args, out: heard.append(out if taken == "output" else args[0]))
+        trainer = Listening(model, arguments(tmp_path, base, max_steps=6, **settings), train_dataset=DATA)
+        trainer.train()
+        return trainer
+
+    predicting = run(LGPTrainer)
+    assert predicting._lgp_steps == {"exact": 3, "predicted": 3}
+    (warning,) = warnings_of(caplog)
+    assert "From step 3 on" in warning
+    exact = run(LGPTrainer, lgp_control_fraction=1.0)
+    assert losses(exact) == losses(run(Trainer))
+
+
+def test_errors_of_the_users_own_code_are_raised_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(LGPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                raise KeyError("mine")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = Failing(tiny_vit(torch.float32), arguments(tmp_path, max_steps=6), train_dataset=DATA)
+    with pytest.raises(KeyError, match="mine"):
+        trainer.train()
+    assert not warnings_of(caplog)
+
+
 class Stateful(nn.Module):
     """A model whose training forward changes what its next one reads."""
 
