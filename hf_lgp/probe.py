@@ -161,10 +161,10 @@ class _Probing(LGPTrainer):
         return min(found, key=lambda report: report.prices[report.fraction])  # of equals, that of fewest rows
 
 
-def _plan(session: Session, usual: Callable[..., StepPlan], step: int, examples: int, *more: Any) -> StepPlan:
+def _plan(session: Session, usual: Callable[..., StepPlan], step: int, *more: Any) -> StepPlan:
     """Exact steps of both kinds in turns, then a fraction, then measurements."""
-    plan, controller, method = usual(step, examples, *more), session.controller, session.method
-    if method is None or session.refused is not None or examples < 2:
+    plan, controller, method = usual(step, *more), session.controller, session.method
+    if method is None or session.refused is not None or controller.size < 2:
         return plan
     if controller.seen < 2 * PERIOD or not method.ready:
         return StepPlan(first_row=method.has_first_row and controller.seen % 2 == 1)

@@ -29,6 +29,7 @@ class _Reading:
 
     plan: StepPlan
     at: int
+    examples: int
     size: float
     lap: Lap
     whole: bool  # whether it had about as many examples as others: the last of an epoch may have few, and costs more for each
@@ -78,8 +79,15 @@ class Session:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""
         return self.refused is None or trained != self._trained
 
-    def use(self, method: Method | None, refused: str | None, trained: int = 0) -> str | None:
-        """Predict with a method from here on, or not at all, for a reason; all processes end up with the same."""
+    def use(self, method: Method | None, refused: str | None, trained: int, examples: int) -> str | None:
+        """Predict with a method from here on, or not at all, for a reason; all processes end up with the same.
+
+        Args:
+            method: The method.
+            refused: The reason.
+            trained: Number of the model's parameters that are trained.
+            examples: Those of this micro-batch, in this process.
+        """
         found = [float(method is not None), float(method is not None and method.has_first_row), float(trained)]
         if processes() > 1 and not same_everywhere(found, self.device):
             method, refused = None, refused or "the check came to something else in another process"
@@ -90,9 +98,11 @@ class Session:
             except (KeyError, ValueError):  # of other settings: learnt anew
                 self.controller, self._saved_before = Controller(), 0.0
         self._learnt = None
+        sizes = mean_over_processes(torch.tensor([float(examples)], device=self.device))
+        self.controller = self.controller.sized(sizes.item())
         return refused
 
-    def plan(self, step: int, examples: int, accumulation: int, skipped: bool = False) -> StepPlan:
+    def plan(self, step: int, accumulation: int, skipped: bool = False) -> StepPlan:
         """The plan of the next micro-batch, given whether the latest optimizer step was skipped because gradients overflowed."""
         micro_batch = self._position[1] + 1 if self._position[0] == step else 0
         if micro_batch == 0:
@@ -104,7 +114,7 @@ class Session:
             return StepPlan()
         self._decide(step)
         known = self.method.ready or self.settings.control_fraction  # of what is not fitted a measurement tells nothing
-        plan = self.controller.plan(self.rules, step, examples, accumulation) if known else StepPlan()
+        plan = self.controller.plan(self.rules, step, accumulation) if known else StepPlan()
         if plan.plain and not self.method.learns:
             return plan
         return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
@@ -147,14 +157,14 @@ class Session:
             yield
             lap = Lap(began, mark(self.device))
         exact = control_size(examples, plan.fraction)
-        self._latest.append(("predicted" if plan.fraction < 1.0 else "exact", exact, examples - exact))
+        self._latest.append(("predicted" if exact < examples else "exact", exact, examples - exact))
         self._count(*self._latest[-1])
         if self.method is not None and self.refused is None:
             kind = replace(plan, seed=0)
             self._entries = max(self._entries, size)
             whole = 2 * examples > self.controller.size or 2.0 * size > self._entries
-            self._readings.append(_Reading(kind, self.controller.seen, size, lap, whole, tuple(spreads)))
-            self.controller = self.controller.advanced(examples, plan)
+            self._readings.append(_Reading(kind, self.controller.seen, examples, size, lap, whole, tuple(spreads)))
+            self.controller = self.controller.advanced(plan)
 
     def _count(self, kind: str, exact: int, predicted: int, sign: int = 1) -> None:
         self.steps[kind] += sign
@@ -196,14 +206,15 @@ class Session:
         units = [r.lap.seconds() / r.size for r in readings]
         spreads = [torch.cat([s.residual, s.total]) for r in readings for s in r.spreads]
         pinned = self.device.type == "cuda"  # or the copy would wait
-        wholes = [float(r.whole) for r in readings]
-        times = torch.empty(2 * len(units), pin_memory=pinned).copy_(torch.tensor([*units, *wholes]))
-        return torch.cat([times.to(self.device, non_blocking=True), *spreads])
+        known = torch.tensor([units, [r.whole for r in readings], [r.examples for r in readings]]).flatten()
+        own = torch.empty(known.shape, pin_memory=pinned).copy_(known)
+        return torch.cat([own.to(self.device, non_blocking=True), *spreads])
 
     def _absorb(self, readings: list[_Reading], numbers: Tensor) -> None:
         values, controller = numbers.tolist(), self.controller
         n = len(readings)
-        units, wholes, values = values[:n], values[n : 2 * n], values[2 * n :]
+        units, wholes, sizes, values = values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :]
+        controller = controller.sized(max(sizes, default=0.0))
         for reading, unit, mean in zip(readings, units, wholes, strict=True):
             if whole := mean > 0.5:  # in most processes
                 controller = controller.timed(reading.plan, unit, reading.at)

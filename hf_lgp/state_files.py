@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
@@ -30,3 +31,10 @@ def read_state(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = safetensors.torch.load_file(os.path.join(folder, STATE_NAME))
     with open(os.path.join(folder, COUNTERS_NAME), encoding="utf-8") as file:
         return tensors, json.load(file)
+
+
+def frozen(value: Any) -> Any:
+    """What JSON knows, with tuples for its lists."""
+    if isinstance(value, Mapping):
+        return {name: frozen(each) for name, each in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value

@@ -48,14 +48,14 @@ class Noted:
 
 def session_of(**settings: Any) -> tuple[Session, Noted]:
     session, method = Session(LGPSettings(**{"exact_steps": 4, **settings}), steps=400, device=CPU), Noted()
-    assert session.use(method, None) is None
+    assert session.use(method, None, 0, 16) is None
     return session, method
 
 
 def run(session: Session, start: int, stop: int, examples: int = 16) -> list[StepPlan]:
     plans = []
     for step in range(start, stop):
-        plans.append(session.plan(step, examples, 1))
+        plans.append(session.plan(step, 1))
         with session.step(plans[-1], examples, 100.0):
             pass
     return plans
@@ -73,20 +73,28 @@ def test_a_fixed_fraction_is_followed_counted_and_measured() -> None:
 
 
 def test_micro_batches_of_one_step_draw_by_themselves_and_always_the_same() -> None:
-    seeds = [[session_of(control_fraction=0.5)[0].plan(7, 8, 2).seed for _ in range(2)] for _ in range(2)]
+    seeds = [[session_of(control_fraction=0.5)[0].plan(7, 2).seed for _ in range(2)] for _ in range(2)]
     assert seeds[0][0] == seeds[1][0]
     session = session_of(control_fraction=0.5)[0]
-    assert session.plan(7, 8, 2).seed != session.plan(7, 8, 2).seed
+    assert session.plan(7, 2).seed != session.plan(7, 2).seed
     other = Session(LGPSettings(control_fraction=0.5), 400, CPU, process=1)
-    other.use(Noted(), None)
-    assert other.plan(7, 8, 2).seed not in seeds[0]
+    other.use(Noted(), None, 0, 8)
+    assert other.plan(7, 2).seed not in seeds[0]
 
 
 def test_a_step_that_fails_is_not_counted() -> None:
     session, _ = session_of(control_fraction=0.5)
-    with pytest.raises(ValueError, match="lost"), session.step(session.plan(0, 8, 1), 8, 1.0):
+    with pytest.raises(ValueError, match="lost"), session.step(session.plan(0, 1), 8, 1.0):
         raise ValueError("lost")
     assert session.steps == {"exact": 0, "predicted": 0} and session.controller.seen == 0
+
+
+def test_plans_do_not_depend_on_a_process_s_own_examples_and_what_is_exact_is_counted() -> None:
+    """All processes follow the same plan; a batch too small for its fraction has all its examples as control examples."""
+    sessions = [session_of(control_fraction=0.5)[0] for _ in range(2)]
+    plans = [run(session, 0, 40, examples) for session, examples in zip(sessions, (16, 1), strict=True)]
+    assert plans[0] == plans[1] and any(plan.measure for plan in plans[0])
+    assert sessions[0].steps == {"exact": 0, "predicted": 40} and sessions[1].steps == {"exact": 40, "predicted": 0}
 
 
 def test_a_plain_step_is_not_spliced() -> None:
@@ -98,7 +106,7 @@ def test_a_plain_step_is_not_spliced() -> None:
 
 def test_without_a_method_every_step_is_plain_and_the_fraction_is_all_that_is_logged() -> None:
     session = Session(LGPSettings(), 400, CPU)
-    assert session.use(None, "it has no blocks") == "it has no blocks"
+    assert session.use(None, "it has no blocks", 0, 16) == "it has no blocks"
     assert run(session, 0, 20) == [StepPlan()] * 20
     assert session.figures() == {"fraction": 1.0} and session.steps["exact"] == 20
 
@@ -112,7 +120,7 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int) -> Non
     tensors, numbers = first.state_dict()
     second, method = Session(LGPSettings(control_fraction=0.25), 400, CPU), Noted()
     second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
-    second.use(method, None)
+    second.use(method, None, 0, 16)
     assert plans + run(second, stop, 100) == expected and "window" in method.loaded
     assert (second.steps, second.examples) == (straight.steps, straight.examples)
     one, other = straight.controller, second.controller
@@ -147,7 +155,7 @@ def test_what_was_learnt_with_other_settings_is_learnt_anew() -> None:
     run(first, 0, 20)
     second = Session(LGPSettings(), 400, CPU)
     second.load_state_dict(*first.state_dict())
-    assert second.use(Refusing(), None) is None and second.controller.seen == 0
+    assert second.use(Refusing(), None, 0, 16) is None and second.controller.seen == 0
 
 
 def test_small_last_batches_tell_nothing_of_times_and_shares() -> None:
@@ -198,9 +206,7 @@ def test_steps_that_were_skipped_do_not_count_nor_measure() -> None:
     session, _ = session_of(control_fraction=0.5)
     for step in range(20):
         for _ in range(2):
-            plan = session.plan(
-                step, 16, 2, skipped=step == 17
-            )  # told after step 16, whose first micro-batch is the 33rd
+            plan = session.plan(step, 2, skipped=step == 17)  # told after step 16, whose first micro-batch is the 33rd
             assert (plan.measure > 0) == (step == 16 and session.controller.seen == 32)
             with session.step(plan, 16, 100.0):
                 pass

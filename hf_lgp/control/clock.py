@@ -25,8 +25,10 @@ class Lap:
 
 
 def mark(device: torch.device) -> Any:
-    """The present moment, for a :class:`Lap`: in the device's queue on a GPU, on the host's clock elsewhere."""
+    """The present moment, for a :class:`Lap`: in CUDA's queue, on the host's clock elsewhere, once the device has done what it was given."""
     if device.type != "cuda":
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()

@@ -3,7 +3,8 @@
 An automatic run goes through three stages. *Exact*: its first eight micro-batches, or more, in which plain steps are timed against those whose last block is run on the first
 row only, and the residual's share of the variance is measured, once if that promises much. *Trial*: a fraction whose expected price is below that of exact steps is followed for a few
 micro-batches, so that its time is known; the share is measured more often. *Predicting*: it is followed as long as its measured price is the best; now and then a
-micro-batch measures the share, and a plain one is timed. Before it is given up because it no longer pays, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
+micro-batch measures the share, and a plain one is timed. Before it is given up because it no longer pays, and as soon as one
+exact step takes less time than it is worth, exact steps are timed anew in turns with it. Where nothing pays, steps are exact, and looks become rarer and rarer.
 Where the share is too large for small fractions, it is measured with twice as many rows followed, and twice as many again.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..estimator import FRACTIONS, control_size, price, relative_variance
+from ..state_files import frozen
 from .plan import GROUPS, StepPlan
 from .residual import Residual
 from .step_times import REHEARSAL, StepTimes
@@ -65,7 +67,7 @@ class Controller:
     asked_at: int = 0  # micro-batch from which on measurements were wanted
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
-    size: int = 0  # examples of the largest micro-batch so far
+    size: int = 0  # examples of the largest micro-batch so far, on average over processes
     comparing: bool = False  # whether exact steps are timed anew beside predicted ones, before these are given up
 
     @property
@@ -96,12 +98,10 @@ class Controller:
         share, count = self.residuals[rows].share, self.residuals[rows].count
         return relative_variance(fraction, share * (1.0 + 1.0 / max(1, count))) <= rules.budget
 
-    def plan(self, rules: Rules, step: int, examples: int, accumulation: int = 1) -> StepPlan:
-        """The plan of the next micro-batch, without the seed of its draw."""
+    def plan(self, rules: Rules, step: int, accumulation: int = 1) -> StepPlan:
+        """The plan of the next micro-batch, without the seed of its draw: the same in every process, whatever its examples."""
         fraction = rules.fraction or self.fraction
-        if examples < 2 or (fraction < 1.0 and control_size(examples, fraction) == examples):
-            fraction = 1.0
-        groups = GROUPS if control_size(examples, fraction) >= 2 else 0
+        groups = GROUPS if control_size(self.size, fraction) >= 2 else 0
         if rules.fraction:
             due = self.seen % (4 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0  # nothing is decided by it
             return StepPlan(fraction, groups * due, rules.first_row)
@@ -185,10 +185,14 @@ class Controller:
         """Whether a rehearsal was timed, or two if the first leaves no hope: first times are long."""
         return self.times.rehearsals >= (2 if self._hopeless else 1)
 
-    def advanced(self, examples: int, plan: StepPlan) -> Controller:
+    def advanced(self, plan: StepPlan) -> Controller:
         """One micro-batch later."""
         rehearsed_at = self.seen if plan.measure == REHEARSAL.measure else self.rehearsed_at
-        return replace(self, seen=self.seen + 1, size=max(self.size, examples), rehearsed_at=rehearsed_at)
+        return replace(self, seen=self.seen + 1, rehearsed_at=rehearsed_at)
+
+    def sized(self, examples: float) -> Controller:
+        """With the size of one more micro-batch."""
+        return replace(self, size=max(self.size, round(examples)))
 
     def rested(self, micro_batches: int) -> Controller:
         """So many plain micro-batches later that were not timed."""
@@ -198,7 +202,12 @@ class Controller:
         """With the time per unit of work that micro-batch number ``at`` took; those that tell little are left out."""
         if not math.isfinite(unit) or (plan.fraction < 1.0 and at - self.changed_at < _SETTLING) or at == 0:
             return self
-        return replace(self, times=self.times.timed(plan, unit))
+        later = replace(self, times=self.times.timed(plan, unit))
+        present = later.times.seconds(self._present)
+        if plan.fraction < 1.0 or plan.measure or self.fraction >= 1.0 or self.comparing or present is None:
+            return later
+        # The machine may have been slow when exact steps were timed.
+        return later if unit > self.variance(self.fraction) * present else later._anew()
 
     def measured(
         self, residual: Sequence[float], total: Sequence[float], groups: int, at: int, rows: int = 0
@@ -207,7 +216,7 @@ class Controller:
 
         A prediction that is not finite explains nothing.
         """
-        if groups < GROUPS or rows >= len(self.residuals) or not all(map(math.isfinite, total)):
+        if groups < GROUPS or rows >= len(self.residuals) or not 0.0 < sum(total) < math.inf:
             return self
         residual = [r if math.isfinite(r) else t for r, t in zip(residual, total, strict=True)]
         known = list(self.residuals)
@@ -225,10 +234,9 @@ class Controller:
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
         if self._rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
             return replace(self, asked_at=self.seen).decided(rules, step)
-        if rules.fraction or step < rules.exact_steps or not self.times.count(StepPlan()) or not self.size:
+        if rules.fraction or step < rules.exact_steps or not (self.times.count(StepPlan()) and self.size):
             return self
-        present_plan = self.times.predicted_plan(self.fraction, self.rows)
-        judged = (present_plan, self.times.exact_plan) if self.comparing else (present_plan,)
+        judged = (self._present, *[self.times.exact_plan] * self.comparing)
         if self.fraction >= 1.0:
             if not self._rehearsed or self.seen < self.look_at:
                 return self
@@ -260,14 +268,22 @@ class Controller:
         elif best != self.fraction and prices[best, rows] > _HYSTERESIS * present:
             best, rows = self.fraction, self.rows
         if best >= 1.0 and self.fraction in allowed and not self.comparing:
-            # The machine may have slowed down since exact steps were timed.
-            kinds = StepPlan(), StepPlan(first_row=True), present_plan
-            return replace(self, comparing=True, times=self.times.last_only(*kinds))
+            return self._anew()  # the machine may have slowed down since exact steps were timed
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
             return replace(self, comparing=False)
         return replace(self, fraction=best, rows=rows, changed_at=self.seen, look_at=0, comparing=False)
+
+    @property
+    def _present(self) -> StepPlan:
+        """The kind of step that is followed."""
+        return self.times.predicted_plan(self.fraction, self.rows)
+
+    def _anew(self) -> Controller:
+        """Exact steps are timed in turns with those that are followed."""
+        kinds = StepPlan(), StepPlan(first_row=True), self._present
+        return replace(self, comparing=True, times=self.times.last_only(*kinds))
 
     def _more_rows_may_help(self, rules: Rules) -> bool:
         """Whether twice as many rows are worth a measurement: they are not known, and the latest doubling was of use."""
@@ -325,13 +341,6 @@ class Controller:
         Raises:
             KeyError, TypeError: If the state is another version's.
         """
-        state = _frozen(state)
+        state = frozen(state)
         times, residuals = StepTimes(**state["times"]), tuple(Residual(**each) for each in state["residuals"])
         return cls(**{**state, "times": times, "residuals": residuals})
-
-
-def _frozen(value: Any) -> Any:
-    """What JSON knows, with tuples for its lists."""
-    if isinstance(value, Mapping):
-        return {name: _frozen(each) for name, each in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -40,7 +40,7 @@ def simulate(
     late: int = 0,
 ) -> tuple[Controller, list[StepPlan], float]:
     """A run: the controller at its end, the plans it made, and its time in plain steps; readings come so many periods late, as on a GPU."""
-    draw, controller, rules = random.Random(0), Controller(), replace(rules, steps=steps)
+    draw, controller, rules = random.Random(0), Controller(size=M), replace(rules, steps=steps)
     plans: list[StepPlan] = []
     pending: list[list[tuple[StepPlan, int, float]]] = [[] for _ in range(late + 1)]
     spent = 0.0
@@ -55,11 +55,11 @@ def simulate(
                     )
             pending.append([])
             controller = controller.decided(rules, step)
-        plan = StepPlan() if (rests := controller.rests(rules)) else controller.plan(rules, step, M)
+        plan = StepPlan() if (rests := controller.rests(rules)) else controller.plan(rules, step)
         unit = time_of(plan) * math.exp(draw.gauss(0, noise))
         plans.append(plan)
         pending[-1] += [] if rests else [(plan, controller.seen, unit)]
-        controller, spent = controller.advanced(M, plan), spent + time_of(plan)
+        controller, spent = controller.advanced(plan), spent + time_of(plan)
     return controller, plans, spent / steps
 
 
@@ -306,10 +306,23 @@ def test_a_fixed_fraction_is_followed_from_the_first_step_and_measured_now_and_t
     assert {plan.fraction for plan in plans} == {0.5} and 2 <= sum(plan.measure > 0 for plan in plans) <= 4
 
 
-@pytest.mark.parametrize(("examples", "fraction"), [(1, 0.5), (2, 0.9)])
-def test_a_batch_too_small_for_the_fraction_is_exact(examples: int, fraction: float) -> None:
-    plan = Controller().plan(replace(RULES, fraction=fraction), 50, examples)
-    assert plan.fraction == 1.0 and not plan.measure
+@pytest.mark.parametrize(("size", "measures"), [(1, False), (2, False), (4, True)])
+def test_of_batches_with_one_control_example_nothing_is_measured(size: int, measures: bool) -> None:
+    plan = Controller(seen=32).sized(size).plan(replace(RULES, fraction=0.5), 50)
+    assert plan.fraction == 0.5 and (plan.measure > 0) == measures
+
+
+def test_exact_steps_that_were_timed_on_a_busy_machine_are_found_to_be_fast() -> None:
+    """Predictions paid at first, and no longer once the machine is quiet."""
+    calls = count()
+
+    def busy_at_first(plan: StepPlan) -> float:
+        busy = next(calls) < 48
+        return 1.2 if plan.fraction < 1.0 else (2.0 if busy else 1.0) + 0.04 * plan.measure
+
+    rules = replace(RULES, exact_steps=0)
+    controller, plans, _ = simulate(600, busy_at_first, lambda at: 0.01, rules, 0.02)
+    assert controller.fraction == 1.0 and 20 < sum(plan.fraction < 1.0 for plan in plans) < 150
 
 
 def test_half_a_share_is_that_of_the_whole_and_half_the_mean_over_tensors() -> None:
@@ -328,6 +341,7 @@ def test_sums_are_averaged_before_they_are_divided_and_old_ones_fade() -> None:
 def test_measurements_that_are_not_finite_are_left_out() -> None:
     assert Controller().measured([0.1], [math.nan], 8, 0).measurements == 0
     assert Controller().measured([0.1], [1.0], 2, 0).measurements == 0, "two groups tell nothing"
+    assert Controller().measured([0.0], [0.0], 8, 0).measurements == 0, "nor does a batch of one example"
 
 
 def test_the_record_survives_json_in_mid_run() -> None:

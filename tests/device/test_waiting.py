@@ -87,11 +87,11 @@ def test_a_step_with_a_scaled_loss_only_launches(cuda: Any) -> None:
 def test_a_run_decides_without_waiting(cuda: Any, fraction: float) -> None:
     model, method, batch = on_device(cuda)
     session = Session(LGPSettings(control_fraction=fraction, exact_steps=16), steps=400, device=cuda.CUDA)
-    session.use(method, None)
+    session.use(method, None, 0, 16)
     seen = set()
     for number in range(140):
         cuda.SEEN.clear()
-        plan = session.plan(number, 16, 1)
+        plan = session.plan(number, 1)
         with session.step(plan, 16, 16.0):
             model(**batch).loss.backward()
         seen.add((plan.fraction < 1.0, plan.measure > 0))

@@ -62,7 +62,7 @@ def one_step(folder: str, data: Any) -> dict[str, Tensor]:
     return seen.first
 
 
-def trained(folder: str, **settings: Any) -> LGPTrainer:
+def trained(folder: str, collate: Any = None, **settings: Any) -> LGPTrainer:
     """A run with accumulation over epochs whose last batch is not whole; parameters must end up the same everywhere."""
     arguments = LGPTrainingArguments(
         folder,
@@ -78,7 +78,8 @@ def trained(folder: str, **settings: Any) -> LGPTrainer:
             **settings,
         },
     )
-    trainer = LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=TinyImages(90, dtype=torch.float32))
+    data = TinyImages(90, dtype=torch.float32)
+    trainer = LGPTrainer(tiny_vit(torch.float32), arguments, train_dataset=data, data_collator=collate)
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         first = parameter.detach().clone()
@@ -132,6 +133,24 @@ def automatic(folder: str) -> None:
     dist.all_gather_object(everyones, (plans, asdict(trainer._lgp.controller)))
     assert everyones[0] == everyones[1], "plans differ between ranks"
     assert trainer._lgp_steps["predicted"] > 20, trainer._lgp_steps
+
+
+def batches_of_other_sizes(folder: str) -> None:
+    """A collator that leaves examples out: sixteen in one process are eleven in the other, or one."""
+    rank, calls = int(os.environ["RANK"]), iter(range(10**9))
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        kept = rows if rank == 0 else rows[: 1 if next(calls) % 5 == 0 else 11]
+        return {name: torch.stack([row[name] for row in kept]) for name in rows[0]}
+
+    settings = {"max_steps": 30, "per_device_train_batch_size": 16, "lgp_exact_steps": 0}
+    for fraction in (0.125, 0.0):
+        trainer = trained(folder, collate, lgp_control_fraction=fraction, **settings)
+        known, everyones = asdict(trainer._lgp.controller), list[Any]([None] * dist.get_world_size())
+        known.pop("saved")  # seconds of a process's own examples
+        dist.all_gather_object(everyones, known)
+        assert everyones[0] == everyones[1]
+        assert not fraction or trainer._lgp.controller.measurements > 0, trainer._lgp.controller
 
 
 def main(folder: str, *kinds: str) -> None:
