@@ -12,7 +12,7 @@ import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from transformers import EvalPrediction, HfArgumentParser, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from hf_lgp import LGPTrainingArguments
 
@@ -32,7 +32,8 @@ def parse(kinds: Sequence[type[Any]], arguments: Sequence[str] | None = None) ->
     else:
         parsed = parser.parse_args_into_dataclasses(arguments)
     training_args = parsed[-1]
-    if not (training_args.do_train or training_args.do_eval):
+    # An `eval_strategy` alone sets `do_eval`: it says when to evaluate while training.
+    if not training_args.do_train and (not training_args.do_eval or training_args.eval_strategy != IntervalStrategy.NO):
         training_args.do_train = training_args.do_eval = True
     return tuple(parsed)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -17,30 +18,48 @@ from unittest.mock import patch
 from torch import nn
 from transformers import Trainer
 
-from .probe import probe
+from .probe import ProbeReport, probe
 
 
-class _TrainingReached(BaseException):
-    """Leaves a script where it starts to train, with its trainer; not an ``Exception``, which the script might catch."""
+class _Probed(BaseException):
+    """Leaves a script where it would train, with what is to be said; not an ``Exception``, which the script might catch."""
 
 
-def _reached(trainer: Trainer, *args: Any, **kwargs: Any) -> NoReturn:
-    raise _TrainingReached(trainer)
+def _probe(train: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> NoReturn:
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    # Bound to the script's own trainer, with whatever it keeps for it.
+    own = {} if type(trainer).compute_loss is Trainer.compute_loss else {"compute_loss": trainer.compute_loss}
+    try:
+        with patch.object(Trainer, "train", train):
+            report = probe(
+                model,
+                trainer.train_dataset,
+                trainer.args,
+                data_collator=trainer.data_collator,
+                processing_class=trainer.processing_class,
+                compute_loss_func=trainer.compute_loss_func,
+                **own,
+            )
+    except ValueError as error:
+        raise _Probed(None, str(error)) from error
+    raise _Probed(report, None)
 
 
-def trainer_of(script: Path, arguments: Sequence[str]) -> Trainer | None:
-    """The trainer that a script builds, as it stands when its ``train`` is called; None if that never happens."""
+def report_of(script: Path, arguments: Sequence[str]) -> tuple[ProbeReport | None, str | None]:
+    """What a probe finds where a script calls ``Trainer.train``, while the script is still what runs; or why there is nothing to report."""
     command, path = [str(script), *arguments], [str(script.resolve().parent), *sys.path]
     try:
         with (
             patch.object(sys, "argv", command),
             patch.object(sys, "path", path),
-            patch.object(Trainer, "train", _reached),
+            patch.object(Trainer, "train", partialmethod(partial(_probe, Trainer.train))),
         ):
             runpy.run_path(str(script), run_name="__main__")
-    except _TrainingReached as reached:
-        return reached.args[0]
-    return None
+    except _Probed as probed:
+        report, reason = probed.args
+        return report, reason
+    return None, f"{script} ended without calling `Trainer.train`."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,23 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.script.is_file():
         parser.error(f"{options.script}: there is no such file.")
-    trainer = trainer_of(options.script, options.arguments)
-    if trainer is None or not isinstance(trainer.model, nn.Module):
-        print(f"{options.script} ended without calling `Trainer.train`.", file=sys.stderr)
-        return 1
-    try:
-        report = probe(
-            trainer.model,
-            trainer.train_dataset,
-            trainer.args,
-            data_collator=trainer.data_collator,
-            processing_class=trainer.processing_class,
-            compute_loss_func=trainer.compute_loss_func,
-            # Bound to the script's own trainer, with whatever it keeps for it.
-            **({} if type(trainer).compute_loss is Trainer.compute_loss else {"compute_loss": trainer.compute_loss}),
-        )
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(report)
-    return 0
+    report, reason = report_of(options.script, options.arguments)
+    print(reason if report is None else report, file=sys.stderr if report is None else sys.stdout)
+    return int(report is None)

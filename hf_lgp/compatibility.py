@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from accelerate import Accelerator
+from accelerate.utils.dataclasses import DistributedType
 from accelerate.utils.other import is_compiled_module
 from torch import nn
 from transformers import TrainingArguments
@@ -13,30 +15,37 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 _INSTEAD = "Or train exactly with `lgp_control_fraction=1`."
 
 
-def refuse_incompatible(args: TrainingArguments, model: nn.Module | None) -> None:
-    """Raise if predictions cannot be used with these arguments or this model.
+def refuse_incompatible(
+    args: TrainingArguments, model: nn.Module | None, accelerator: Accelerator | None = None
+) -> None:
+    """Raise if predictions cannot be used with these arguments, with this model, or with what the launcher has set up.
 
     Raises:
         ValueError: Naming the first obstacle and what to change.
     """
-    for obstacle in (*_obstacles_in_arguments(args), *(() if model is None else _obstacles_in_model(model))):
+    of_model = () if model is None else _obstacles_in_model(model)
+    for obstacle in (*_obstacles_in_arguments(args, accelerator), *of_model):
         raise ValueError(f"{obstacle} {_INSTEAD}")
 
 
-def _obstacles_in_arguments(args: TrainingArguments) -> Iterator[str]:
+def _obstacles_in_arguments(args: TrainingArguments, accelerator: Accelerator | None) -> Iterator[str]:
+    launched = "" if accelerator is None else accelerator.distributed_type
     if args.n_gpu > 1:
         yield (
             "LGPTrainer does not work inside nn.DataParallel. Start it with `accelerate launch`, or show it one GPU with "
             "CUDA_VISIBLE_DEVICES."
         )
-    if args.deepspeed:
+    if args.deepspeed or launched == DistributedType.DEEPSPEED:
         yield "LGPTrainer does not support DeepSpeed: use DistributedDataParallel."
-    if args.fsdp:
+    if args.fsdp or launched == DistributedType.FSDP:
         yield "LGPTrainer does not support FSDP: use DistributedDataParallel."
+    if launched == DistributedType.MEGATRON_LM:
+        yield "LGPTrainer does not support Megatron-LM: use DistributedDataParallel."
     if is_sagemaker_mp_enabled():
         yield "LGPTrainer does not support SageMaker's model parallelism: use DistributedDataParallel."
     for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
-        if getattr(args.parallelism_config, f"{kind}_size", 1) > 1:
+        configured = (args.parallelism_config, getattr(accelerator, "parallelism_config", None))
+        if any(getattr(config, f"{kind}_size", 1) > 1 for config in configured):
             yield (
                 f"LGPTrainer does not support {name} parallelism, which spreads an example over processes: leave `{kind}_size` "
                 "of `parallelism_config` at 1."

@@ -9,6 +9,7 @@ them by itself.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -17,14 +18,26 @@ from transformers import PreTrainedModel
 from .verify import unrandom
 
 
-def restore_renamed_weights(model: nn.Module | None, checkpoint: str | os.PathLike[str]) -> bool:
-    """Load a checkpoint's weights through ``from_pretrained`` into the given model, in place."""
+def restore_renamed_weights(
+    model: nn.Module | None, checkpoint: str | os.PathLike[str], missing: Collection[str]
+) -> bool:
+    """Load the weights that are still ``missing`` through ``from_pretrained`` into the given model, in place.
+
+    Returns:
+        Whether that could be done; if not, the model is as it was.
+    """
     if not isinstance(model, PreTrainedModel):
         return False
-    with unrandom():
-        result: Any = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
+    try:
+        with unrandom():
+            result: Any = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
+    except Exception:  # such as of a class that is built from more than a config
+        return False
     loaded, info = result
     if any(info.get(problem) for problem in ("missing_keys", "mismatched_keys", "error_msgs")):
         return False
-    model.load_state_dict(loaded.state_dict(), strict=True)
+    weights = loaded.state_dict()
+    if not weights.keys() >= set(missing):
+        return False
+    model.load_state_dict({name: weights[name] for name in missing}, strict=False)
     return True

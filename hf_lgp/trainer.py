@@ -28,7 +28,7 @@ from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
 from .state_files import read_state, write_state
-from .verify import entries_of, evaluating, examples_of, few_of, unchanged, unrandom
+from .verify import entries_of, evaluating, examples_of, few_of, out_of_memory, unchanged, unrandom
 
 logger = library_logger()
 
@@ -64,7 +64,7 @@ class LGPTrainer(Trainer):
     def _lgp_validate(self) -> None:
         self._lgp_settings = LGPSettings.from_arguments(self.args)
         if self._lgp_settings.control_fraction < 1.0:
-            refuse_incompatible(self.args, self.model)
+            refuse_incompatible(self.args, self.model, self.accelerator)
 
     @property
     def _lgp_model(self) -> nn.Module:
@@ -111,11 +111,13 @@ class LGPTrainer(Trainer):
             return loss
         batch = self._prepare_inputs(inputs)
         examples, size = examples_of(batch), float(entries_of(batch))
-        if session.method is None and examples >= 2:
-            if session.unchecked(trained := sum(p.requires_grad for p in self._lgp_model.parameters())):
+        if session.method is None:
+            trained = sum(p.requires_grad for p in self._lgp_model.parameters())
+            # All processes check at the same time.
+            if session.unchecked(trained) and holds_everywhere(examples >= 2, self.args.device):
                 self._lgp_begin(session, batch, num_items_in_batch, trained)
         skipped = self.accelerator.optimizer_step_was_skipped
-        plan = session.plan(self.state.global_step, examples, self.args.gradient_accumulation_steps, skipped)
+        plan = session.plan(self.state.global_step, self.args.gradient_accumulation_steps, skipped)
         compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         failed: str | None = None
@@ -132,12 +134,21 @@ class LGPTrainer(Trainer):
                     f"Predictions failed in the middle of an accumulated step, whose gradients are incomplete: {error}. Use `lgp_control_fraction=1` to train exactly."
                 ) from error
             failed = f"{error}"
+        except Exception as error:  # something else that the splice may have broken: if so, an exact step goes well
+            if (
+                not (session.splices(plan) and session.first_of_step)
+                or self.args.world_size > 1
+                or out_of_memory(error)
+            ):
+                raise
+            failed = f"running it in parts raises {type(error).__name__}: {error}"
         if failed is not None:  # the error would keep what the step held
             session.refused = failed
             if session.first_of_step:
                 model.zero_grad()  # the backward may have begun
+            loss = LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
             logger.warning(f"From step {self.state.global_step} on, LGPTrainer trains this model exactly: {failed}.")
-            return LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
+            return loss
         # A forward pass is a third of a step by operation count.
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
         return loss
@@ -183,7 +194,7 @@ class LGPTrainer(Trainer):
             if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
                 raise
             reason, self._lgp_exhausted = "memory ran out in its check", True
-        if (reason := session.use(method, reason, trained)) is None:
+        if (reason := session.use(method, reason, trained, examples_of(batch))) is None:
             return
         if settings.demanded and needed:
             raise ValueError(
@@ -215,12 +226,15 @@ class LGPTrainer(Trainer):
         if not self.is_world_process_zero() or self.args.output_dir is None:
             return
         try:
+            model: Any = self._lgp_model
+            adapted = model.get_base_model() if hasattr(model, "get_base_model") else None  # as PEFT's models have it
             extend_card(
                 self.args.output_dir,
                 self.state.log_history,
                 self._lgp_settings,
-                model_class=type(self.model).__name__,
+                model_class=type(model if adapted is None else adapted).__name__,
                 source=self.hub_model_id,
+                base=None if adapted is None else getattr(adapted.config, "_name_or_path", ""),
             )
         except Exception as error:  # a card is no reason to lose a push
             logger.warning(f"The model card says nothing of predicted gradients: {error}")
@@ -234,8 +248,8 @@ class LGPTrainer(Trainer):
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        skipped, folder = bool(load_result.missing_keys), self._lgp_loading
-        if not (skipped and folder is not None and restore_renamed_weights(self.model, folder)):
+        skipped, folder = load_result.missing_keys, self._lgp_loading
+        if not (skipped and folder is not None and restore_renamed_weights(self.model, folder, skipped)):
             super()._issue_warnings_after_load(load_result)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

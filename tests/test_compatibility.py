@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.dataclasses import DistributedType
 from accelerate.utils.other import is_compiled_module
 from tiny import TinyImages, tiny_vit
 from torch import nn
@@ -60,6 +61,33 @@ def vit_with(**attributes: Any) -> nn.Module:
 def test_arguments_that_rule_predictions_out(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{message}.*lgp_control_fraction=1"):
         refuse_incompatible(arguments_with(tmp_path, **values), None)
+
+
+@pytest.mark.parametrize(
+    ("launched", "message"),
+    [
+        ({"distributed_type": DistributedType.FSDP}, "FSDP"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron"),
+        (
+            {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1, sp_size=1, sp_backend=None)},
+            "tensor parallelism",
+        ),
+    ],
+)
+def test_what_a_launcher_has_set_up_and_no_argument_says_is_refused(
+    launched: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = LGPTrainer.create_accelerator_and_postprocess
+
+    def postprocess(self: Any) -> None:
+        create(self)
+        kind = type("Launched", (type(self.accelerator),), launched)
+        self.accelerator.__class__ = kind
+
+    monkeypatch.setattr(LGPTrainer, "create_accelerator_and_postprocess", postprocess)
+    with pytest.raises(ValueError, match=f"{message}.*lgp_control_fraction=1"):
+        LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path))
 
 
 def test_model_parallelism_of_sagemaker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
@@ -13,6 +14,7 @@ from test_figure import HISTORY
 from tiny import tiny_vit
 from transformers import Trainer, TrainingArguments
 
+from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.report.card_section import section
 from hf_lgp.report.model_card import extend_card
 from hf_lgp.settings import LGPSettings
@@ -57,6 +59,25 @@ def test_a_run_without_readings_says_so() -> None:
     exact = section([], LGPSettings(control_fraction=1.0), "AutoModel", "me/mine", None)
     assert "every gradient was exact" in exact and "![" not in exact and "| steps" not in exact
     assert "no readings" in section([{"loss": 1.0, "step": 1}], SETTINGS, "AutoModel", "me/mine", None)
+
+
+def test_a_run_whose_log_missed_its_predictions_does_not_deny_them() -> None:
+    readings = [{"lgp/fraction": 1.0, "step": 10}, {"lgp/fraction": 1.0, "lgp/examples_predicted": 0.4, "step": 20}]
+    assert "every gradient was exact" in section(readings[:1], LGPSettings(), "AutoModel", "me/mine", None)
+    text = section(readings, LGPSettings(), "AutoModel", "me/mine", None)
+    assert "every gradient was exact" not in text and "examples with predicted gradients: 40%" in text
+
+
+def test_an_adapter_is_loaded_by_peft_onto_its_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_vit(torch.float32)
+    model.config._name_or_path = "me/base"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = LGPTrainer(adapted, LGPTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert 'AutoModelForImageClassification.from_pretrained("me/base")' in card
+    assert f'PeftModel.from_pretrained(model, "{tmp_path.name}")' in card and "plain PEFT adapter" in card
 
 
 def test_readings_may_be_missing_or_not_finite() -> None:

@@ -146,9 +146,13 @@ class Doubled(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.factor * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
+class Mine(TinyImages):
+    pass
+
 if __name__ == "__main__":
-    args = TrainingArguments(sys.argv[1], per_device_train_batch_size=16, use_cpu=True, report_to="none")
-    trainer = Doubled(2.0, tiny_vit(torch.float32), args, train_dataset=TinyImages(64, dtype=torch.float32))
+    workers = dict(dataloader_num_workers=1, dataloader_multiprocessing_context="spawn") if "--spawn" in sys.argv else {}
+    args = TrainingArguments(sys.argv[1], per_device_train_batch_size=16, use_cpu=True, report_to="none", **workers)
+    trainer = Doubled(2.0, tiny_vit(torch.float32), args, train_dataset=Mine(64, dtype=torch.float32))
     if "--never" not in sys.argv:
         trainer.train()
         raise AssertionError("training went on")
@@ -163,6 +167,16 @@ def test_a_script_is_probed_where_it_would_train(tmp_path: Path, capsys: pytest.
     assert not list(tmp_path.glob("out/*"))
     assert cli.main(["probe", str(script), str(tmp_path / "out"), "--never"]) == 1
     assert "without calling" in capsys.readouterr().err
+
+
+def test_workers_that_import_the_script_anew_find_what_it_defines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    assert cli.main(["probe", str(script), str(tmp_path / "out"), "--spawn"]) == 0
+    assert "control fraction" in capsys.readouterr().out
 
 
 def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_every_tensor_comes_back(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert restore_renamed_weights(moved(model), tmp_path)
+    assert restore_renamed_weights(moved(model), tmp_path, expected)
     assert torch.equal(torch.get_rng_state(), before)
     assert_same(model, expected)
 
@@ -55,10 +55,37 @@ def test_a_checkpoint_of_another_model_is_left_to_upstream(tmp_path: Path) -> No
     model_of("vit").save_pretrained(tmp_path)
     larger = tiny_classifier("vit", torch.float32, num_hidden_layers=3)
     expected = weights(larger)
-    assert not restore_renamed_weights(larger, tmp_path)
+    assert not restore_renamed_weights(larger, tmp_path, expected)
     assert_same(larger, expected)
-    assert not restore_renamed_weights(nn.Linear(2, 2), tmp_path)
-    assert not restore_renamed_weights(None, tmp_path)
+    assert not restore_renamed_weights(nn.Linear(2, 2), tmp_path, expected)
+    assert not restore_renamed_weights(None, tmp_path, expected)
+
+
+class Built(type(model_of("vit"))):  # type: ignore[misc]
+    """A classifier that a config alone does not build."""
+
+    def __init__(self, config: Any, scale: float) -> None:
+        super().__init__(config)
+        self.scale = scale
+
+
+@pytest.mark.parametrize("kind", ["with a part more", "built in another way"])
+def test_a_checkpoint_is_loaded_as_far_as_upstream_can_where_the_class_cannot_load_it(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of("vit")
+    if kind == "with a part more":
+        model.extra = nn.Linear(2, 2)
+    else:
+        model = Built(model.config, 2.0)
+    expected = weights(model)
+    model.save_pretrained(tmp_path)
+    args = LGPTrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    LGPTrainer(moved(model), args)._load_from_checkpoint(str(tmp_path))
+    if kind == "with a part more":
+        assert_same(model, expected)
+    else:
+        assert "missing keys" in caplog.text
 
 
 class Best(TrainerCallback):

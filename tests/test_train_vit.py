@@ -358,3 +358,21 @@ def test_fine_tuning_replaces_the_head_and_can_be_exact(
     assert not isinstance(trainer, LGPTrainer)
     assert trainer.model.config.id2label == {0: "cat", 1: "dog"}
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").classifier.out_features == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "trains", "evaluates"),
+    [
+        ("", True, True),
+        ("--eval_strategy epoch", True, True),
+        ("--eval_strategy epoch --do_eval", True, True),
+        ("--do_eval", False, True),
+        ("--do_train", True, False),
+    ],
+)
+def test_it_trains_unless_it_is_told_only_to_evaluate(
+    flags: str, trains: bool, evaluates: bool, tmp_path: Path
+) -> None:
+    command = ["--output_dir", str(tmp_path), "--use_cpu", *flags.split()]
+    args = shared.parse((ModelArguments, DataArguments), command)[-1]
+    assert (args.do_train, args.do_eval) == (trains, evaluates)

@@ -40,9 +40,14 @@ BIBTEX = f"""\
 
 
 def section(
-    log_history: Sequence[Mapping[str, Any]], settings: LGPSettings, model_class: str, source: str, figure: str | None
+    log_history: Sequence[Mapping[str, Any]],
+    settings: LGPSettings,
+    model_class: str,
+    source: str,
+    figure: str | None,
+    base: str | None = None,
 ) -> str:
-    """Markdown of the whole section, from its heading on, without a line break at the end."""
+    """Markdown of the whole section, from its heading on, without a line break at the end; ``base`` names the model that an adapter is for."""
     parts = ["## Linear gradient prediction", _INTRODUCTION]
     readings = [entry for entry in log_history if "lgp/fraction" in entry]
     if readings:
@@ -54,20 +59,31 @@ def section(
     if figure is not None:
         parts.append(f"![Loss, control fraction and variance explained over the steps of the run]({figure})")
     parts += ["### Settings", _settings_list(settings), "### Loading"]
-    parts.append(
-        "A plain transformers checkpoint; hf_lgp is not needed.\n\n"
-        f'```python\nfrom transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("{source}")\n```'
-    )
+    if base is None:
+        loading = f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("{source}")'
+        parts.append(f"A plain transformers checkpoint; hf_lgp is not needed.\n\n```python\n{loading}\n```")
+    else:
+        loading = (
+            f'model = {model_class}.from_pretrained("{base or "the base model"}")  # as it was given to the trainer'
+        )
+        loading += f'\nmodel = PeftModel.from_pretrained(model, "{source}")'
+        imported = f"from peft import PeftModel\nfrom transformers import {model_class}"
+        parts.append(f"A plain PEFT adapter; hf_lgp is not needed.\n\n```python\n{imported}\n\n{loading}\n```")
     parts += ["### Citation", f"```bibtex\n{BIBTEX}```"]
     return "\n\n".join(parts)
 
 
 def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
-    fractions = series(readings, "lgp/fraction")[1]
-    if set(fractions) == {1.0}:
-        return "In this run every gradient was exact: predictions did not pay, or the run was too short to tell."
+    fractions, predicted = (series(readings, f"lgp/{name}")[1] for name in ("fraction", "examples_predicted"))
+    if set(fractions) == {1.0} and not predicted:
+        return (
+            "In this run every gradient was exact: predictions did not pay, were not possible for this model, or the run was too "
+            "short to tell."
+        )
     spans = [f"{f:.4g} in {fractions.count(f) / len(fractions):.0%}" for f in sorted(set(fractions), reverse=True)]
     lines = [f"control fraction: {', '.join(spans)} of the log's entries"]
+    if predicted:
+        lines.append(f"examples with predicted gradients: {predicted[-1]:.0%}")
     if explained := series(readings, "lgp/variance_explained")[1]:
         lines.append(
             "share of the gradient's variance that predictions explain: "

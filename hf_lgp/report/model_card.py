@@ -33,10 +33,11 @@ def extend_card(
     *,
     model_class: str = "",
     source: str | None = None,
+    base: str | None = None,
 ) -> bool:
     """Add this package's section and metadata to ``README.md``, in place; what is there of an earlier call is replaced.
 
-    A figure is linked if ``lgp.png`` lies beside the card.
+    A figure is linked if ``lgp.png`` lies beside the card. Of an adapter, ``model_class`` and ``base`` are the class and name of the model that it is for.
 
     Raises:
         OSError, ValueError, yaml.YAMLError: If the card cannot be read or written.
@@ -55,6 +56,7 @@ def extend_card(
         f"AutoModel{ending}" if ending else model_class or "AutoModel",
         source or folder.absolute().name,
         FIGURE_NAME if (folder / FIGURE_NAME).is_file() else None,
+        base,
     )
     card.text = card.text.replace(_NO_BASE, "was trained from scratch on")
     block = f"{_START}\n\n{text}\n\n{_END}"
