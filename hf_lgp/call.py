@@ -157,7 +157,7 @@ class Call:
 
     def _pull(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Formula (1): from ``dL/dH``, the estimated gradients of ``h0`` and of the parameters."""
-        gradients = Gradients(self.parameters, scaled=self.how.half == torch.float16)
+        gradients = Gradients(self.parameters, loud=self.how.loud or self.how.half == torch.float16)
         comparison, m = Comparison(), self.m
         walked: Iterator[Walked] | None = None
         if not self.whole:

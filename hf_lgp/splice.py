@@ -12,8 +12,10 @@ Prediction with Control Variates*, arXiv 2511.05187.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -55,15 +57,36 @@ class Spliced(torch.autograd.Function):
         return of_h0, None, None, *of_parameters
 
 
+@contextmanager
+def no_gradient_taken() -> Iterator[None]:
+    """A context for what makes a loss: a gradient taken in it would be an estimate, and a loss made of one no estimate at all.
+
+    Raises:
+        SpliceError: Where one is taken through a splice.
+    """
+
+    def refuse(ctx: Any, *deltas: Tensor | None) -> Any:
+        raise SpliceError("its loss is made of gradients")
+
+    with patch.object(Spliced, "backward", refuse):
+        yield
+
+
+def not_in_backward() -> None:
+    """Raise :class:`SpliceError` where a forward is recomputed in a backward: it would draw other control examples."""
+    if torch._C._current_graph_task_id() != -1:
+        raise SpliceError("what is spliced is run once more in the backward, as by activation checkpointing around it")
+
+
 class Gradients:
     """Sums of exact and predicted gradients, by parameter; both terms of (1), whose weights are in ``delta`` already.
 
-    A step whose predictions are not finite has none: control examples have their exact gradients. Nothing waits for the device to know. With loss scaling
-    there is somebody who watches for overflow: such a step's gradients are all infinite, so that it is skipped and the scale lowered.
+    A step whose predictions are not finite has none: control examples have their exact gradients. Nothing waits for the device to know. If ``loud``, there is
+    somebody who watches, such as loss scaling: such a step's gradients are all infinite, so that it is skipped and the scale lowered.
     """
 
-    def __init__(self, parameters: Mapping[int, Tensor], scaled: bool = False) -> None:
-        self._parameters, self._instead = parameters, float("inf") if scaled else 0.0
+    def __init__(self, parameters: Mapping[int, Tensor], loud: bool = False) -> None:
+        self._parameters, self._instead = parameters, float("inf") if loud else 0.0
         self._pieces: list[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]] = []  # keys, exact, predicted
         self._totals: dict[int, Tensor] = {}
         self._checks: list[Tensor] = []

@@ -34,6 +34,7 @@ from .rows.parts import (
 )
 from .rows.walk import HowToWalk
 from .sealed import FirstRow, Sealed, SpliceError
+from .splice import not_in_backward
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def spliced(
         yield
         return
     numbers = count()
+    stacks = [replace(s, first_row_only=s.first_row_only and not _listened_to(s.parts[-1].block)) for s in stacks]
     runs = [_Runs(stack, plan, numbers, how, observed) for stack in stacks]
     replaced = [
         (part.block, partial(each.block, i, part.block.forward))
@@ -151,6 +153,11 @@ def spliced(
         error = SpliceError("its loss reads something from inside its blocks")
         error.in_backward = True
         raise error
+
+
+def _listened_to(block: nn.Module) -> bool:
+    """Whether somebody's hook would see the first row where it expects all."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
 class _Runs:
@@ -178,10 +185,8 @@ class _Runs:
             if torch.is_grad_enabled() and self.first_row and i == len(self.stack.parts) - 1:
                 return self._first_row(hidden, args, kwargs)
             return forward(hidden, *args, **kwargs)
-        if i == 0 and torch._C._current_graph_task_id() != -1:  # others would be the control examples
-            raise SpliceError(
-                "its stack of blocks is run once more in the backward, such as for activation checkpointing"
-            )
+        if i == 0:
+            not_in_backward()
         if i == 0 and isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed):
             self.call = Call(self.predicted, self.stack.unbatched, self.plan, next(self.numbers), hidden, *self.rest)
         call = self.call

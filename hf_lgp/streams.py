@@ -19,6 +19,8 @@ Forward = Callable[..., Any]
 Rest = tuple[Any, ...] | None
 """What a block returns besides its rows; None where it returns them alone."""
 
+_SHORT = 256  # rows
+
 
 def _run(part: BlockParts, forward: Forward, rows: Tensor, notes: BlockNotes) -> tuple[Tensor, Rest, StreamNotes]:
     with noting(part) as tell:
@@ -88,7 +90,9 @@ class ControlStream(Stream):
                 return out, told
 
             tensors = [entered, *notes.tensors()]
-            out, noted = by_group(part.block, leaves, self.groups, of_group, tensors, self._how.vectorized)
+            # Of groups at once CUDA's attention may keep every weight for the backward.
+            few = not entered.is_cuda or entered.shape[1] <= _SHORT
+            out, noted = by_group(part.block, leaves, self.groups, of_group, tensors, self._how.vectorized and few)
             rest = rests[0]
         else:
             out, rest, noted = self._run("control", part, forward, notes, leaves, entered)

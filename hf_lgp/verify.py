@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -22,7 +21,7 @@ from .control.plan import StepPlan
 from .rows.parts import UnknownBlock
 from .rows.walk import HowToWalk
 from .sealed import SpliceError
-from .splice import Spliced
+from .splice import Spliced, no_gradient_taken
 from .stack import Stack, spliced
 
 _WIDE, _HALF = (1e-3, 1e-3), (5e-2, 1e-2)
@@ -37,7 +36,6 @@ class _Ran(NamedTuple):
 
     loss: Tensor
     gradients: tuple[Tensor | None, ...]
-    behind: tuple[Tensor | None, ...]  # the gradients without the stacks' own: None before and within them
 
 
 def verified(
@@ -49,19 +47,17 @@ def verified(
         UnknownBlock: If the spliced model differs from the model; the message says in what.
     """
     allowed, least = _HALF if half else _WIDE
+    how = replace(how, loud=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def run(stacks: Sequence[Stack], plan: StepPlan) -> _Ran:
+    def run(stacks: Sequence[Stack], plan: StepPlan, cut: bool = False) -> _Ran:
+        """Loss and gradients; if ``cut``, without the stacks' own, so that there are none before and within them."""
         with refusing(), unrandom(), spliced(stacks, plan, how):
-            with patch.object(Spliced, "backward", _gradient_in_loss):
+            with no_gradient_taken():
                 value = loss()
             scaled = value * 1024.0 if half else value  # or small gradients would be rounding in fp16
-            gradients = partial(torch.autograd.grad, scaled, parameters, allow_unused=True)
-            behind: tuple[Tensor | None, ...] = ()
-            if stacks:
-                with patch.object(Spliced, "backward", _nothing):
-                    behind = gradients(retain_graph=True)
-            return _Ran(value.detach(), gradients(), behind)
+            with patch.object(Spliced, "backward", _nothing) if cut else nullcontext():
+                return _Ran(value.detach(), torch.autograd.grad(scaled, parameters, allow_unused=True))
 
     def alike(gradients: Sequence[Tensor | None], expected: Sequence[Tensor | None], times: float = 1.0) -> bool:
         largest = max((float(g.norm()) for g in expected if g is not None), default=0.0)
@@ -86,23 +82,21 @@ def verified(
     with evaluating(model):
         plain = run((), all_control)
         stacks = [replace(stack, first_row_only=False) for stack in stacks]
-        whole = run(stacks, all_control)
-        if (reason := difference(whole, plain)) is not None:
+        if (reason := difference(run(stacks, all_control), plain)) is not None:
             raise UnknownBlock(reason)
+        whole, split = (run(stacks, plan, cut=True) for plan in (all_control, StepPlan(0.5)))
+        # A new head may be zero: then its loss tells nothing of what it reads, but its gradient does.
+        if not _close(split.loss, plain.loss, allowed) or not alike(split.gradients, whole.gradients):
+            raise UnknownBlock(
+                "its loss is another one when only some examples have a graph: its blocks do not treat examples independently"
+            )
         for k, stack in enumerate(stacks):
             trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
             # What such a dropout does to other rows, the first cannot know.
             if not stack.parts[-1].before and same(trial, replace(all_control, first_row=True), plain) is None:
                 stacks = trial
-        split = run(stacks, StepPlan(0.5, first_row=True))
-        # A new head may be zero: then its loss tells nothing of what it reads, but its gradient does.
-        behind = [k for k, g in enumerate(whole.behind) if g is not None]
-        heads, expected = ([each.behind[k] for k in behind] for each in (split, whole))
-        if not _close(split.loss, plain.loss, allowed) or not alike(heads, expected):
-            raise UnknownBlock(
-                "its loss is another one when only some examples have a graph: its blocks do not treat examples independently"
-            )
-        if not all(bool(g.isfinite().all()) for g in split.gradients if g is not None):
+        predicted = run(stacks, StepPlan(0.5, first_row=True)).gradients
+        if not all(bool(g.isfinite().all()) for g in predicted if g is not None):
             raise UnknownBlock("the predicted gradients of its blocks are not finite")
         vectorized = same(stacks, by_group, plain, 4.0) is None  # `torch.vmap` has many ways to refuse
         model.train()  # some do what they do not do in evaluation; with one stream, random numbers are drawn as by the model
@@ -122,11 +116,7 @@ def verified(
                 vectorized = False
         if moved:
             raise UnknownBlock(f"its blocks keep statistics of what passes through them, `{moved[0]}`")
-    return tuple(stacks), replace(how, vectorized=vectorized)
-
-
-def _gradient_in_loss(ctx: Any, *deltas: Tensor | None) -> Any:
-    raise SpliceError("its loss is made of gradients")  # of which it would be given estimates
+    return tuple(stacks), replace(how, vectorized=vectorized, loud=False)
 
 
 def _nothing(ctx: Any, *deltas: Tensor | None) -> tuple[None, ...]:

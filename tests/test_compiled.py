@@ -127,6 +127,15 @@ def test_what_a_graph_would_not_have_runs_as_it_is(
     torch.testing.assert_close(*found)
 
 
+def test_what_cannot_be_traced_is_not_tried_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    model, run = tiny_vit(num_hidden_layers=3), Compiled("aot_eager")
+    for layer in model.vit.layers:
+        layer.mlp.fc2 = torch.nn.Sequential(layer.mlp.fc2, Waits())
+    for size in (6, 8, 10):
+        gradients(model, TinyImages(size).batch(0, size), run)
+    assert caplog.text.count("Blocks run uncompiled as control") == 2
+
+
 def test_what_changes_between_steps_is_no_part_of_a_graph() -> None:
     model, batch = tiny_vit(num_hidden_layers=3), TinyImages(8).batch(0, 8)
     run = Compiled("aot_eager")

@@ -62,7 +62,7 @@ def test_predictions_that_are_not_finite_are_left_out_whole(bad: float, where: s
 
 
 def test_with_loss_scaling_an_overflow_reaches_the_scaler() -> None:
-    gradients = Gradients({0: torch.zeros(3)}, scaled=True)
+    gradients = Gradients({0: torch.zeros(3)}, loud=True)
     gradients.add({0: torch.ones(3)}, {0: torch.tensor([1.0, float("nan"), 1.0])})
     of_rows, (total,) = gradients.totals(torch.ones(2))
     assert of_rows is not None and total is not None

@@ -124,6 +124,21 @@ def test_a_dropout_before_attention_meets_all_rows(before: nn.Module) -> None:
     assert check(model, lambda few: model(**few)["loss"]).has_first_row == isinstance(before, nn.Identity)
 
 
+class Infinite(nn.Module):
+    """Has no finite gradient for few rows."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * (rows.detach().new_tensor(1.0 if rows.shape[-2] > 3 else torch.inf))
+
+
+def test_predictions_that_are_not_finite_are_found_out() -> None:
+    model = model_of("vit").eval()
+    mlp = model.vit.layers[1].mlp
+    mlp.fc1 = nn.Sequential(mlp.fc1, Infinite())
+    with pytest.raises(UnknownBlock, match="not finite"):
+        check(model)
+
+
 def test_a_loss_that_reads_between_blocks_is_found_out() -> None:
     model = model_of("vit").eval()
 

@@ -209,17 +209,20 @@ def rows_of_bias(
         return None
     least = torch.finfo(like.dtype).min / 2  # half, since sums with it must not leave the range
     wide = torch.promote_types(like.dtype, torch.float32)
+    if causal and not masks and weights is not None:  # by sums along the sequence, so that nothing is of size T^2
+        through = weights.mT.unsqueeze(1).to(wide).flip(3).cumsum(3).flip(3)
+        return through.clamp_min(1e-30).log().clamp_min(least).to(like.dtype)
     total = none = torch.zeros((), dtype=wide, device=like.device)
     if causal:
-        masks = (*masks, torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device).tril())
+        rows = 1 if weights is None else length
+        masks = (*masks, torch.ones(1, 1, rows, length, dtype=torch.bool, device=like.device).tril())
     for mask in masks:
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise SpliceError("its attention has a mask of another form than `(examples, heads, rows, rows)`")
+        mask = mask if weights is not None else mask[:, :, :1]
         total = total + (none.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(wide))
     total = total.clamp_min(torch.finfo(total.dtype).min / 2)
-    if weights is None:
-        total = total[:, :, :1]
-    elif total.shape[2] > 1:
+    if weights is not None and total.shape[2] > 1:
         top = total.amax((2, 3), keepdim=True).detach()
         with torch.autocast(like.device.type, enabled=False):  # in half precision small weights would be none
             through = weights.mT.unsqueeze(1).to(total.dtype) @ (total - top).exp()

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _OFTEN = 8  # steps in which a shape is seen before it is compiled: a last batch that is incomplete comes once an epoch
 _TENSOR = object()
-_MOST = 2  # graphs of a kind; what would need more runs as it is
+_MOST = 2  # graphs of a kind; what would need more runs as it is, and so does what could not be traced as often
 _KEPT = 4096  # shapes that are counted
 # Graphs that are captured would overwrite one another: many are called between a forward and its backward.
 _MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -40,6 +40,7 @@ class Compiled:
     def __init__(self, backend: str | None = None, mode: str | None = None) -> None:
         self._backend, self._mode = backend or "inductor", _MODES.get(mode or "", mode)
         self._seen: Counter[Any] = Counter()
+        self._failed: Counter[str] = Counter()  # by kind
         self._known: dict[Any, _Graph | None] = {}
         self._shapes: set[Any] = set()  # of which there is a graph
         self._by_text: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -71,7 +72,8 @@ class Compiled:
         if key not in self._known:
             self._seen = Counter() if len(self._seen) > _KEPT else self._seen
             self._seen[key] += 1
-            if self._seen[key] <= _OFTEN or (shape not in self._shapes and self.graphs[kind] >= _MOST):
+            enough = self._failed[kind] >= _MOST or (shape not in self._shapes and self.graphs[kind] >= _MOST)
+            if enough or self._seen[key] <= _OFTEN:
                 return run_eagerly(kind, block, leaves, function, tensors, fixed)
             self._known[key] = self._graph(kind, block, list(held), function, inputs)
             self._shapes.add(shape)
@@ -101,6 +103,7 @@ class Compiled:
             if kind == "control" and not _same_gradients(flat, module, inputs):
                 raise ValueError("it has a gradient of its own")
         except Exception as error:
+            self._failed[kind] += 1
             logger.warning(f"Blocks run uncompiled as {kind}: {type(error).__name__}: {error}")
             return None
         shapes = [(*t.shape, *t.stride(), t.dtype) for t in inputs]

@@ -49,6 +49,7 @@ class HowToWalk:
     vectorized: bool = True  # whether ``torch.vmap`` runs the blocks on groups of examples
     half: torch.dtype | None = None  # what autocast casts to in the forward; None where it is off
     run: Run = run_eagerly  # how functions of a block are called
+    loud: bool = False  # whether predictions that are not finite are left to be seen
 
 
 @dataclass(frozen=True)
