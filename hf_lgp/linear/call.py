@@ -48,7 +48,7 @@ class TrunkCall:
         self.batched = [isinstance(t, Tensor) and t.shape[:1] == (m,) and id(t) not in fixed for t in leaves]
         self.leaves = [self._in(self.order, t) if b else t for t, b in zip(leaves, self.batched, strict=True)]
         self.groups = groups = min(plan.measure, self.controls) if plan.measure else 1
-        # Groups of control examples, then the others: autocast keeps copies of weights, which must not be those made without a graph.
+        # Groups of control examples, then the others.
         bounds = [*(round(g * self.controls / groups) for g in range(groups + 1)), *[m] * (not self.whole)]
         self.parts = [slice(*b) for b in pairwise(bounds)]
         most = 0 if plan.all_control else OBSERVED_EXAMPLES // groups  # a check, not training, teaches nothing
@@ -63,12 +63,17 @@ class TrunkCall:
         args, kwargs = tree_unflatten(rows, self.spec)
         sizes = part.stop - part.start, len(told.coordinates)
         hooks = recorded(self.predictor.layers, *sizes, self.predictor.dtype, told.arrived)
-        with torch.set_grad_enabled(part.start < self.controls), hooks:
+        control, kind = part.start < self.controls, self.predictor.device.type
+        # What autocast keeps must not be weights without a graph.
+        own = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        cast = torch.autocast(kind, enabled=own[0], dtype=own[1], cache_enabled=control)
+        with torch.set_grad_enabled(control), hooks, cast:
             return tree_flatten(forward(*args, **kwargs))
 
     def run(self, forward: Callable[..., Any]) -> Any:
         """The trunk's output for all examples, in their own order; :class:`SpliceError` if it cannot be put together from parts."""
-        outs = [self._run(forward, *each) for each in zip(self.parts, self.told, strict=True)]
+        # Control examples last: who listens within the trunk keeps theirs, which have a graph, so that its use is noticed.
+        outs = [self._run(forward, *each) for each in [*zip(self.parts, self.told, strict=True)][::-1]][::-1]
         if any((spec, [*map(type, out)]) != (outs[0][1], [*map(type, outs[0][0])]) for out, spec in outs):
             raise SpliceError("its trunk does not return the same for all examples")
         sizes = [part.stop - part.start for part in self.parts]
@@ -106,6 +111,7 @@ class TrunkCall:
         given = {k: self._in(self.order, delta) for k, delta in enumerate(deltas) if delta is not None}
         features, pulled = features_of([self.values[k] for k in given], list(given.values()), predictor.dtype)
         totals, sums = list[Tensor | None]([None] * len(predictor.parameters)), GroupSums()
+        nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in predictor.parameters]
         if not self.whole:
             # Before anything is learnt from these examples: what is predicted must not depend on the draw.
             weights = control_weights(self.m, self.controls, predictor.dtype, predictor.device)
@@ -114,12 +120,13 @@ class TrunkCall:
         for number, part in enumerate(self.parts[: self.groups]):
             outs, scaled = [self.found[k][number] for k in given], [scale * delta[part] for delta in given.values()]
             exact = torch.autograd.grad(outs, predictor.parameters, scaled, allow_unused=True)
-            totals = [a if b is None else b if a is None else a + b for a, b in zip(totals, exact, strict=True)]
+            # Copies: of a single example two parameters may be given parts of the same tensor.
+            totals = [a if b is None else b.clone() if a is None else a + b for a, b in zip(totals, exact, strict=True)]
             if self.plan.measure:
                 guess = predictor.gradients(features[part], pulled[part], torch.ones_like(features[part, 0]))
-                both = zip(exact, guess, strict=True)
-                pairs = [(g, torch.zeros_like(g) if p is None else p) for g, p in both if g is not None]
-                sums.add(*zip(*pairs, strict=True))
+                # The same tensors in every group and process, whatever their examples reach.
+                both = ([zero if g is None else g for g, zero in zip(e, nothing, strict=True)] for e in (exact, guess))
+                sums.add(*both)
         if self.plan.measure:
             self.observed(sums.spread())
         if not self.plan.all_control:

@@ -77,6 +77,34 @@ def test_values_are_true_and_the_graph_is_that_of_the_controls():
     assert model.bert.embeddings.word_embeddings.weight.grad.any()
 
 
+@pytest.mark.parametrize(("examples", "plan"), [(4, StepPlan(fraction=0.25)), (1, StepPlan(all_control=True))])
+def test_no_two_gradients_share_memory(examples, plan):
+    """Of one example that of the class token is a part of that of the positions: clipping in place would shrink it twice."""
+    model = tiny("vit")
+    predictor = LinearPredictor(find_trunk(model), LGPSettings(), torch.float64)
+    with spliced_trunk(find_trunk(model), plan, predictor):
+        model(**batch(examples, 3)).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len({g.untyped_storage().data_ptr() for g in gradients}) == len(gradients)
+
+
+def test_measurements_are_of_the_same_tensors_whatever_the_groups_reach():
+    """LayerDrop leaves out other blocks for every group."""
+
+    class Leaving(nn.ModuleList):
+        def __iter__(self):
+            return (block for block in super().__iter__() if float(torch.rand(())) > 0.5)
+
+    model, seen = tiny("vit"), []
+    model.vit.layers = Leaving(model.vit.layers)
+    predictor = LinearPredictor(find_trunk(model), LGPSettings(), torch.float64)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        with spliced_trunk(find_trunk(model), StepPlan(measure=4), predictor, seen.append):
+            model(**batch(8, 3)).loss.backward()
+    assert len(seen) == 6 and {len(spread.total) for spread in seen} == {len(predictor.parameters)}
+
+
 def test_measuring_finds_that_predictions_help():
     model = tiny("vit")
     trunk, found = find_trunk(model), []
