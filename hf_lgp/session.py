@@ -15,12 +15,14 @@ from torch import Tensor
 
 from .control.clock import Lap, mark
 from .control.controller import PERIOD, Controller, Rules
-from .control.exchange import mean_over_processes, processes, same_everywhere
+from .control.exchange import holds_everywhere, mean_over_processes, processes, same_everywhere
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
 from .estimator import control_size
 from .methods import Method
 from .settings import LGPSettings
+
+_AGAIN = 64  # micro-batches after which a check is tried again where it could not be made at first
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Session:
         self._position = (-1, 0)
         # Kind, exact and predicted examples of the micro-batches of this optimizer step.
         self._latest: list[tuple[str, int, int]] = []
+        self._ready = False  # whether the method has learnt enough in all processes
         self._learnt: Mapping[str, Tensor] | None = None
+        self._asked = 0  # how often it was to be found out how to predict
         self._entries = 0.0  # of the largest micro-batch
         self._rest = 0  # micro-batches without a plan to come
         self._rested = 0  # and past, of which the controller does not know yet
@@ -77,7 +81,10 @@ class Session:
 
     def unchecked(self, trained: int) -> bool:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""
-        return self.refused is None or trained != self._trained
+        if self.refused is not None:
+            return trained != self._trained
+        self._asked += 1  # where batches have one example, this may go on for ever, and other processes are waited for
+        return self._asked <= PERIOD or self._asked % _AGAIN == 0
 
     def use(self, method: Method | None, refused: str | None, trained: int, examples: int) -> str | None:
         """Predict with a method from here on, or not at all, for a reason; all processes end up with the same.
@@ -91,7 +98,7 @@ class Session:
         found = [float(method is not None), float(method is not None and method.has_first_row), float(trained)]
         if processes() > 1 and not same_everywhere(found, self.device):
             method, refused = None, refused or "the check came to something else in another process"
-        self.method, self.refused, self._trained = method, refused, trained
+        self.method, self.refused, self._trained, self._ready = method, refused, trained, False
         if method is not None and self._learnt:
             try:
                 method.load_state_dict(self._learnt)
@@ -113,7 +120,8 @@ class Session:
         if self.method is None or self.refused is not None:
             return StepPlan()
         self._decide(step)
-        known = self.method.ready or self.settings.control_fraction  # of what is not fitted a measurement tells nothing
+        # Of what is not fitted a measurement tells nothing.
+        known = self._ready or self.settings.control_fraction or not self.method.learns
         plan = self.controller.plan(self.rules, step, accumulation) if known else StepPlan()
         if plan.plain and not self.method.learns:
             return plan
@@ -144,7 +152,7 @@ class Session:
 
     def splices(self, plan: StepPlan) -> bool:
         """Whether the model is run in another way than ``Trainer`` does."""
-        return self.method is not None and (not plan.plain or self.method.learns_from(plan))
+        return self.method is not None and self.refused is None and (not plan.plain or self.method.learns_from(plan))
 
     @contextmanager
     def step(self, plan: StepPlan, examples: int, size: float) -> Iterator[None]:
@@ -182,6 +190,8 @@ class Session:
         """Read what is due and choose. On a GPU that is of the time before last: it has arrived, so nothing waits."""
         if self.controller.seen % PERIOD:
             return
+        if self.method is not None and self.method.learns and not self._ready:
+            self._ready = holds_everywhere(self.method.ready, self.device)
         if self.device.type == "cuda":
             self._absorb_staged()
             if self._waiting:
@@ -231,7 +241,8 @@ class Session:
     @property
     def _measured(self) -> list[Any]:
         """What shares of variance were measured of: others tell nothing of it."""
-        return [self.settings.predictor == "linear", *self.settings.rows]
+        s = self.settings
+        return [s.kernel, s.ridge, s.window, s.rank] if s.predictor == "linear" else [*s.rows]
 
     def figures(self) -> dict[str, float]:
         """What to log, by name: the fraction alone while nothing is predicted."""
@@ -281,7 +292,7 @@ class Session:
         """
         counts = [{name: int(numbers[kind][name]) for name in self.steps} for kind in ("steps", "examples")]
         controller = Controller.from_state_dict(numbers["controller"])
-        if numbers["measured"] == self._measured:
-            self.controller = controller.resumed()
         self.steps, self.examples = counts
-        self._learnt, self._saved_before = tensors, self.controller.saved
+        if numbers["measured"] == self._measured:
+            self.controller, self._learnt = controller.resumed(), tensors
+        self._saved_before = self.controller.saved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from .run_callback import RunCallback
 from .sealed import SpliceError
 from .session import Session
 from .settings import LGPSettings
+from .splice import no_gradient_taken
 from .state_files import read_state, write_state
 from .verify import entries_of, evaluating, examples_of, few_of, out_of_memory, unchanged, unrandom
 
@@ -153,6 +154,13 @@ class LGPTrainer(Trainer):
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
         return loss
 
+    def compute_loss_context_manager(self) -> ExitStack:
+        """The context in which ``compute_loss`` is called; what it makes must not be made of gradients, of which it would be given estimates."""
+        contexts = super().compute_loss_context_manager()
+        if self._lgp is not None:
+            contexts.enter_context(no_gradient_taken())
+        return contexts
+
     def _lgp_begin(self, session: Session, batch: Any, num_items_in_batch: Tensor | int | None, trained: int) -> None:
         """Find and verify a way to predict the model's gradients."""
         settings, model = self._lgp_settings, self._lgp_model
@@ -234,7 +242,7 @@ class LGPTrainer(Trainer):
                 self._lgp_settings,
                 model_class=type(model if adapted is None else adapted).__name__,
                 source=self.hub_model_id,
-                base=None if adapted is None else getattr(adapted.config, "_name_or_path", ""),
+                base=None if adapted is None else getattr(getattr(adapted, "config", None), "_name_or_path", ""),
             )
         except Exception as error:  # a card is no reason to lose a push
             logger.warning(f"The model card says nothing of predicted gradients: {error}")

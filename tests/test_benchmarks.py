@@ -115,7 +115,7 @@ def test_tables_are_drawn_from_whatever_is_there(
     assert [make() for make in makes] == [None] * len(makes)
     runs = [{"trainer": 2.0, "old": 1.0, "new": 0.5}] * 2
     settings = {"vit": VIT, "batch": 16, "fraction": 0.25}
-    write_json(tmp_path / "time_to_accuracy_scratch.json", result)
+    write_json(tmp_path / "time_to_accuracy_scratch_fp32.json", result)
     write_json(tmp_path / "no_gain_tiny.json", result)
     cells = [result["cells"][0], {**result["cells"][2], "arm": "noise"}]
     noisy = {**result, "cells": cells, "summary": summarise(cells, [1, 2], 4, 16)}

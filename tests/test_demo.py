@@ -55,5 +55,5 @@ def test_it_trains_with_both_and_leaves_a_figure(
     plain, mine = demo.main(["--output_dir", str(tmp_path / "demo"), "--epochs", "2"])
     assert (plain.trainer, mine.trainer) == ("Trainer", "LGPTrainer") and len(mine.accuracies) == 2
     assert plain.accuracies[0] == pytest.approx(mine.accuracies[0], abs=0.1), "the same batches"
-    assert {"lgp.png", "model.safetensors"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"comparison.png", "model.safetensors"} <= {path.name for path in (tmp_path / "demo").iterdir()}
     assert "LGPTrainer took" in capsys.readouterr().out

@@ -97,6 +97,14 @@ def test_plans_do_not_depend_on_a_process_s_own_examples_and_what_is_exact_is_co
     assert sessions[0].steps == {"exact": 0, "predicted": 40} and sessions[1].steps == {"exact": 40, "predicted": 0}
 
 
+def test_where_no_batch_has_two_examples_the_check_is_tried_less_and_less() -> None:
+    session = Session(LGPSettings(), 400, CPU)
+    asked = [k for k in range(1, 200) if session.unchecked(7)]
+    assert asked == [*range(1, 9), 64, 128, 192]
+    session.use(None, "it has no blocks", 7, 4)
+    assert not session.unchecked(7) and session.unchecked(8)
+
+
 def test_a_plain_step_is_not_spliced() -> None:
     session, method = session_of()
     with session.step(StepPlan(), 8, 1.0):
@@ -144,6 +152,16 @@ def test_what_was_measured_of_another_predictor_is_forgotten() -> None:
         second = Session(settings, 400, CPU)
         second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
         assert second.controller.seen == seen and second.steps == first.steps
+
+
+def test_what_the_linear_predictor_learnt_with_another_kernel_is_not_loaded() -> None:
+    first, _ = session_of(predictor="linear")
+    tensors, numbers = first.state_dict()
+    for kernel, loaded in ((first.settings.kernel, True), ("linear", False)):
+        second, method = Session(LGPSettings(predictor="linear", kernel=kernel), 400, CPU), Noted()
+        second.load_state_dict(tensors, json.loads(json.dumps(numbers)))
+        second.use(method, None, 0, 16)
+        assert ("window" in method.loaded) == loaded
 
 
 def test_what_was_learnt_with_other_settings_is_learnt_anew() -> None:
@@ -228,7 +246,7 @@ def test_a_run_that_rests_counts_its_steps_and_asks_for_no_plan() -> None:
 
 def test_nothing_is_measured_before_the_method_is_ready() -> None:
     session, method = session_of(exact_steps=0)
-    method.ready = False
+    method.ready, method.learns = False, True
     assert not any(plan.measure for plan in run(session, 0, 16))
     method.ready = True
     assert [plan.measure for plan in run(session, 16, 24)] == [0] * 6 + [2, 8]

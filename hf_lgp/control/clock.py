@@ -27,8 +27,9 @@ class Lap:
 def mark(device: torch.device) -> Any:
     """The present moment, for a :class:`Lap`: in CUDA's queue, on the host's clock elsewhere, once the device has done what it was given."""
     if device.type != "cuda":
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
+        synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)  # some have none
+        if synchronize is not None and device.type != "cpu":
+            synchronize()
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()

@@ -68,6 +68,7 @@ class Controller:
     look_after: int = _FIRST_LOOK  # what the next look that finds nothing will wait
     saved: float = 0.0  # estimated seconds saved against plain steps
     size: int = 0  # examples of the largest micro-batch so far, on average over processes
+    compared_at: int = 0  # micro-batch of the last comparison's end
     comparing: bool = False  # whether exact steps are timed anew beside predicted ones, before these are given up
 
     @property
@@ -204,10 +205,11 @@ class Controller:
             return self
         later = replace(self, times=self.times.timed(plan, unit))
         present = later.times.seconds(self._present)
-        if plan.fraction < 1.0 or plan.measure or self.fraction >= 1.0 or self.comparing or present is None:
+        if self.comparing or at < self.compared_at or present is None:
             return later
-        # The machine may have been slow when exact steps were timed.
-        return later if unit > self.variance(self.fraction) * present else later._anew()
+        if plan.fraction < 1.0 or plan.measure or self.fraction >= 1.0 or unit > self.variance(self.fraction) * present:
+            return later
+        return later._anew()  # the machine may have been slow when exact steps were timed
 
     def measured(
         self, residual: Sequence[float], total: Sequence[float], groups: int, at: int, rows: int = 0
@@ -272,7 +274,7 @@ class Controller:
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
-            return replace(self, comparing=False)
+            return replace(self, comparing=False, compared_at=self.seen) if self.comparing else self
         return replace(self, fraction=best, rows=rows, changed_at=self.seen, look_at=0, comparing=False)
 
     @property

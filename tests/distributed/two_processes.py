@@ -144,8 +144,8 @@ def batches_of_other_sizes(folder: str) -> None:
         return {name: torch.stack([row[name] for row in kept]) for name in rows[0]}
 
     settings = {"max_steps": 30, "per_device_train_batch_size": 16, "lgp_exact_steps": 0}
-    for fraction in (0.125, 0.0):
-        trainer = trained(folder, collate, lgp_control_fraction=fraction, **settings)
+    for fraction, predictor in ((0.125, "auto"), (0.0, "auto"), (0.0, "linear")):
+        trainer = trained(folder, collate, lgp_control_fraction=fraction, lgp_predictor=predictor, **settings)
         known, everyones = asdict(trainer._lgp.controller), list[Any]([None] * dist.get_world_size())
         known.pop("saved")  # seconds of a process's own examples
         dist.all_gather_object(everyones, known)

@@ -12,7 +12,8 @@ import torch
 from runs import Build, arguments, assert_exact_with_one_warning, losses
 from tiny import TinyImages, tiny_convnext, tiny_vit
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, ViTForImageClassification
 
 from hf_lgp import LGPTrainer
 from hf_lgp.call import Call
@@ -183,7 +184,10 @@ def test_losses_that_appear_in_training_alone_are_seen_in_the_check(
     assert model.calls == 3, "the check leaves buffers as they were"
 
 
-def test_a_step_that_fails_in_the_backward_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [SpliceError("it fails"), ValueError("it fails in another way")])
+def test_a_step_that_fails_in_the_backward_is_taken_once(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gradients(failing: bool) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
 
@@ -194,7 +198,7 @@ def test_a_step_that_fails_in_the_backward_is_taken_once(tmp_path: Path, monkeyp
                 return loss
 
         def pull(*_: Any) -> Any:
-            raise SpliceError("it fails")
+            raise error
 
         args = arguments(tmp_path, max_steps=1, lgp_control_fraction=0.5 if failing else 1.0)
         trainer = Watching(tiny_vit(torch.float32), args, train_dataset=DATA)
@@ -213,32 +217,71 @@ def test_a_step_that_fails_in_the_backward_is_taken_once(tmp_path: Path, monkeyp
     assert all(torch.equal(exact[name], g) for name, g in after.items()) and exact.keys() == after.keys()
 
 
-@pytest.mark.parametrize("taken", ["output", "input"])
+@pytest.mark.parametrize(
+    ("layer", "taken", "predictor"),
+    [(0, "output", "auto"), (0, "input", "auto"), (2, "output", "auto"), (2, "input", "auto"), (0, "output", "linear")],
+)
 def test_what_a_hook_takes_out_of_a_block_for_the_loss_is_no_part_of_it(
-    taken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    layer: int, taken: str, predictor: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the fourth step on a loss reads what a hook took: what went in has no graph of its own to break."""
     heard: list[Tensor] = []
 
-    def run(base: type[Trainer], **settings: Any) -> Trainer:
-        class Listening(base):  # type: ignore[misc, valid-type]
-            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-                heard.clear()
-                return model(**inputs).loss + (0.1 * heard[-1].mean() if self.state.global_step >= 3 else 0.0)
+    class Listening(LGPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            heard.clear()
+            return model(**inputs).loss + (0.1 * heard[-1].mean() if self.state.global_step >= 3 else 0.0)
 
-        model = tiny_vit(torch.float32, num_hidden_layers=3)
-        layer = model.vit.layers[0].mlp.fc1 if taken == "output" else model.vit.layers[0].layernorm_before
-        layer.register_forward_hook(lambda _, args, out: heard.append(out if taken == "output" else args[0]))
-        trainer = Listening(model, arguments(tmp_path, base, max_steps=6, **settings), train_dataset=DATA)
-        trainer.train()
-        return trainer
-
-    predicting = run(LGPTrainer)
-    assert predicting._lgp_steps == {"exact": 3, "predicted": 3}
+    model = tiny_vit(torch.float32, num_hidden_layers=3)
+    block = model.vit.layers[layer]
+    listened = block.mlp.fc1 if taken == "output" else block.layernorm_before
+    listened.register_forward_hook(lambda _, args, out: heard.append(out if taken == "output" else args[0]))
+    trainer = Listening(model, arguments(tmp_path, max_steps=6, lgp_predictor=predictor), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 3, "predicted": 3}
     (warning,) = warnings_of(caplog)
     assert "From step 3 on" in warning
-    exact = run(LGPTrainer, lgp_control_fraction=1.0)
-    assert losses(exact) == losses(run(Trainer))
+    assert len(heard) == 1 and len(heard[0]) == trainer.args.per_device_train_batch_size
+
+
+@pytest.mark.parametrize("predictor", ["auto", "linear"])
+def test_a_loss_that_begins_to_be_made_of_gradients_is_trained_exactly_from_there(
+    predictor: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adversary that is let loose after three steps would be told estimates."""
+
+    class Adversarial(LGPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            weight = model.vit.layers[0].mlp.fc1.weight
+            loss = model(**inputs).loss
+            if self.state.global_step >= 3:
+                (slope,) = torch.autograd.grad(loss, weight, retain_graph=True)
+                loss = loss + slope.sign().mean()
+            return loss
+
+    settings = {"max_steps": 6, "lgp_predictor": predictor, "lgp_window": 16}
+    trainer = Adversarial(tiny_vit(torch.float32), arguments(tmp_path, **settings), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps["exact"] >= 3 and "From step 3 on" in warnings_of(caplog)[0]
+
+
+def test_a_trunk_that_is_run_again_in_the_backward_is_trained_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the linear predictor, too, which goes without the check."""
+
+    class Checkpointed(ViTForImageClassification):
+        def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+            rows = checkpoint(self.vit, pixel_values, use_reentrant=False).last_hidden_state
+            logits = self.classifier(rows[:, 0])
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model = tiny_vit(torch.float32)
+    model.__class__ = Checkpointed
+    trainer = LGPTrainer(model, arguments(tmp_path, max_steps=3, lgp_predictor="linear"), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 3, "predicted": 0}
+    assert "run once more in the backward" in warnings_of(caplog)[0]
 
 
 def test_errors_of_the_users_own_code_are_raised_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
