@@ -94,7 +94,7 @@ def explained(model: nn.Module, method: RowWalk, examples: Examples, rows: int =
 
 def step_times(model: nn.Module, method: RowWalk, examples: Examples, rounds: int) -> dict[str, float]:
     """Medians of ratios to a plain step's time, taken in turns, by doublings of rows and fraction."""
-    plans = {"plain": StepPlan(), "0, 1": StepPlan(first_row=True)}
+    plans = {"plain": StepPlan(), "0, 1": StepPlan(first_row=method.has_first_row)}
     plans |= {f"{k}, {f:g}": StepPlan(f, first_row=True, rows=k) for k in DOUBLINGS for f in FRACTIONS}
 
     def step(plan: StepPlan) -> None:
@@ -107,7 +107,8 @@ def step_times(model: nn.Module, method: RowWalk, examples: Examples, rounds: in
         seconds = {name: timed(torch.device("cpu"), lambda plan=plan: step(plan)) for name, plan in plans.items()}
         for name, own in seconds.items() if turn else ():
             ratios[name].append(own / seconds["plain"])
-    return {name: statistics.median(of) for name, of in ratios.items() if name != "plain"}
+    medians = {name: statistics.median(of) for name, of in ratios.items() if name != "plain"}
+    return medians if method.has_first_row else {**medians, "0, 1": 1.0}  # a plain step, against itself
 
 
 def bias(model: nn.Module, examples: Examples, budget: RowBudget) -> float | None:
@@ -180,12 +181,17 @@ def measured(model: nn.Module, config: Any, reads: str, options: argparse.Namesp
     found["blocks"] = [len(stack.parts) for stack in method.stacks]
     shares = {str(k): explained(model, method, held_out, k) for k in DOUBLINGS}
     times = step_times(model, method, batch, options.rounds)
+    return {**found, "explained": shares, "step_times": times, **least_price(times, shares)}
+
+
+def least_price(times: dict[str, float], shares: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The least of variance times step time, and where it is reached."""
     prices = {}
     for at, time in times.items():
         rows, fraction = at.split(", ")
         prices[at] = relative_variance(float(fraction), 1.0 - shares[rows]["weighted"]) * time
     best = min(prices, key=lambda at: prices[at])
-    return {**found, "explained": shares, "step_times": times, "price": prices[best], "at": best}
+    return {"price": prices[best], "at": best}
 
 
 def argument_parser() -> argparse.ArgumentParser:

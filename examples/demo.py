@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     runs = [train(name, options, seed) for seed in range(options.repeats) for name in names[:: 1 - 2 * (seed % 2)]]
     runs.sort(key=lambda run: names.index(run.trainer))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    figure = options.output_dir / "lgp.png"
+    figure = options.output_dir / "comparison.png"
     draw(runs, figure)
     print(f"\n{table(runs)}")
     if not options.only:
