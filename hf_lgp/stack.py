@@ -140,7 +140,6 @@ def spliced(
         yield
         return
     numbers = count()
-    stacks = [replace(s, first_row_only=s.first_row_only and not _listened_to(s.parts[-1].block)) for s in stacks]
     runs = [_Runs(stack, plan, numbers, how, observed) for stack in stacks]
     replaced = [
         (part.block, partial(each.block, i, part.block.forward))
@@ -153,11 +152,6 @@ def spliced(
         error = SpliceError("its loss reads something from inside its blocks")
         error.in_backward = True
         raise error
-
-
-def _listened_to(block: nn.Module) -> bool:
-    """Whether somebody's hook would see the first row where it expects all."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
 class _Runs:

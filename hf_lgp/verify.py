@@ -92,8 +92,9 @@ def verified(
             )
         for k, stack in enumerate(stacks):
             trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
-            # What such a dropout does to other rows, the first cannot know.
-            if not stack.parts[-1].before and same(trial, replace(all_control, first_row=True), plain) is None:
+            # What such a dropout does to other rows, the first cannot know, and who listens expects all rows.
+            for_all = stack.parts[-1].before or _listened_to(stack.parts[-1].block)
+            if not for_all and same(trial, replace(all_control, first_row=True), plain) is None:
                 stacks = trial
         predicted = run(stacks, StepPlan(0.5, first_row=True)).gradients
         if not all(bool(g.isfinite().all()) for g in predicted if g is not None):
@@ -117,6 +118,12 @@ def verified(
         if moved:
             raise UnknownBlock(f"its blocks keep statistics of what passes through them, `{moved[0]}`")
     return tuple(stacks), replace(how, vectorized=vectorized, loud=False)
+
+
+def _listened_to(block: nn.Module) -> bool:
+    """Whether somebody has hooks in a block; those of transformers, which stay where they were once used, listen only when asked to."""
+    hooks = (h for m in block.modules() for each in (m._forward_hooks, m._forward_pre_hooks) for h in each.values())
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def _nothing(ctx: Any, *deltas: Tensor | None) -> tuple[None, ...]:

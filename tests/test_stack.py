@@ -150,17 +150,6 @@ def test_a_table_as_long_as_the_batch_is_not_cut_into_groups() -> None:
         assert_close(gradients(model, inputs), expected)
 
 
-def test_who_listens_in_the_last_block_hears_of_all_rows() -> None:
-    model, inputs = model_of("vit").eval(), inputs_of("vit")
-    heard: list[Tensor] = []
-    model.vit.layers[-1].mlp.register_forward_hook(lambda _, args, out: heard.append(out))
-    stacks = stacks_of("vit", model, True)
-    for plan in (StepPlan(), StepPlan(first_row=True)):
-        with spliced(stacks, plan, HOW):
-            model(**inputs)
-    assert torch.equal(heard[-1], heard[-2])
-
-
 def test_without_gradients_nothing_is_spliced() -> None:
     model, inputs = model_of("vit").eval(), inputs_of("vit")
     with torch.no_grad():

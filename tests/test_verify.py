@@ -47,6 +47,14 @@ def test_the_last_block_is_run_in_full_where_more_than_its_first_row_is_read() -
     assert not check(model, loss).has_first_row
 
 
+def test_the_last_block_is_run_in_full_where_somebody_listens_in_it() -> None:
+    model = model_of("vit").eval()
+    model(**inputs_of("vit"), output_attentions=True)  # leaves hooks of transformers
+    assert check(model).has_first_row
+    model.vit.layers[-1].mlp.register_forward_hook(lambda *_: None)
+    assert not check(model).has_first_row
+
+
 def test_examples_that_meet_in_the_blocks_are_found_out() -> None:
     model = model_of("vit").eval()
     mlp = model.vit.layers[1].mlp

@@ -275,7 +275,8 @@ class Controller:
             return self._waiting(given_up=self.fraction < 1.0)
         if best == self.fraction:
             return replace(self, comparing=False, compared_at=self.seen) if self.comparing else self
-        return replace(self, fraction=best, rows=rows, changed_at=self.seen, look_at=0, comparing=False)
+        later = replace(self, fraction=best, rows=rows, look_at=0, comparing=False)
+        return replace(later, changed_at=self.seen, compared_at=self.seen)
 
     @property
     def _present(self) -> StepPlan:

@@ -111,7 +111,6 @@ class TrunkCall:
         given = {k: self._in(self.order, delta) for k, delta in enumerate(deltas) if delta is not None}
         features, pulled = features_of([self.values[k] for k in given], list(given.values()), predictor.dtype)
         totals, sums = list[Tensor | None]([None] * len(predictor.parameters)), GroupSums()
-        nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in predictor.parameters]
         if not self.whole:
             # Before anything is learnt from these examples: what is predicted must not depend on the draw.
             weights = control_weights(self.m, self.controls, predictor.dtype, predictor.device)
@@ -120,10 +119,12 @@ class TrunkCall:
         for number, part in enumerate(self.parts[: self.groups]):
             outs, scaled = [self.found[k][number] for k in given], [scale * delta[part] for delta in given.values()]
             exact = torch.autograd.grad(outs, predictor.parameters, scaled, allow_unused=True)
-            # Copies: of a single example two parameters may be given parts of the same tensor.
-            totals = [a if b is None else b.clone() if a is None else a + b for a, b in zip(totals, exact, strict=True)]
+            if part.stop - part.start == 1:  # two parameters may be given parts of the same tensor
+                exact = tuple(None if g is None else g.clone() for g in exact)
+            totals = [a if b is None else b if a is None else a + b for a, b in zip(totals, exact, strict=True)]
             if self.plan.measure:
                 guess = predictor.gradients(features[part], pulled[part], torch.ones_like(features[part, 0]))
+                nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in predictor.parameters]
                 # The same tensors in every group and process, whatever their examples reach.
                 both = ([zero if g is None else g for g, zero in zip(e, nothing, strict=True)] for e in (exact, guess))
                 sums.add(*both)

@@ -209,7 +209,8 @@ def rows_of_bias(
         return None
     least = torch.finfo(like.dtype).min / 2  # half, since sums with it must not leave the range
     wide = torch.promote_types(like.dtype, torch.float32)
-    if causal and not masks and weights is not None:  # by sums along the sequence, so that nothing is of size T^2
+    # By sums along the sequence, so that nothing is of size T^2; they are not deterministic on every device.
+    if causal and not masks and weights is not None and not torch.are_deterministic_algorithms_enabled():
         through = weights.mT.unsqueeze(1).to(wide).flip(3).cumsum(3).flip(3)
         return through.clamp_min(1e-30).log().clamp_min(least).to(like.dtype)
     total = none = torch.zeros((), dtype=wide, device=like.device)

@@ -312,6 +312,20 @@ def test_of_batches_with_one_control_example_nothing_is_measured(size: int, meas
     assert plan.fraction == 0.5 and (plan.measure > 0) == measures
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_readings_of_a_comparison_that_come_after_it_start_no_other(other: bool) -> None:
+    """On a GPU they are late; one that is fast by chance says nothing new."""
+    paths = {0.25: 0.5, 0.125: 0.3 if other else 0.9, 0.0625: 0.9}
+    controller = Controller(seen=64, size=M, fraction=0.25, comparing=True, rehearsed_at=6, asked_at=8)
+    controller = controller.measured([0.01], [1.0], 8, 60)
+    for at in range(20, 28):
+        for plan, unit in ((StepPlan(), 1.0), *((StepPlan(f), unit) for f, unit in paths.items())):
+            controller = controller.timed(plan, unit, at)
+    after = replace(controller, comparing=True).decided(replace(RULES, exact_steps=0, budget=math.inf), 64)
+    assert not after.comparing and after.fraction == (0.125 if other else 0.25)
+    assert not after.timed(StepPlan(), 0.1, 60).comparing and after.timed(StepPlan(), 0.1, 70).comparing
+
+
 def test_exact_steps_that_were_timed_on_a_busy_machine_are_found_to_be_fast() -> None:
     """Predictions paid at first, and no longer once the machine is quiet."""
     calls = count()

@@ -201,3 +201,15 @@ def test_a_frozen_trunk_has_nothing_to_predict():
         parameter.requires_grad_(False)
     with pytest.raises(NothingTrained):
         find_trunk(model)
+
+
+def test_under_autocast_every_weight_has_its_exact_gradient():
+    """The others run first and without a graph: autocast must not hand their copies of weights to the control examples."""
+    model, inputs = tiny("vit").float(), {k: v.float() if v.is_floating_point() else v for k, v in batch(6, 3).items()}
+    trunk = find_trunk(model)
+    blank = LinearPredictor(trunk, LGPSettings(), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), spliced_trunk(trunk, StepPlan(fraction=0.5), blank):
+        loss = model(**inputs).loss
+    loss.backward()
+    weights = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear)]
+    assert weights and all(w.grad is not None and w.grad.any() for w in weights)
