@@ -67,7 +67,7 @@ def row_walk(
         UnknownBlock: If its gradients cannot be predicted that way; the message says why.
     """
     with refusing(), evaluating(model), unrandom():
-        stacks = find_stacks(model, lambda: loss(count), lambda: loss(count - 1), intercept)
+        stacks = find_stacks(model, lambda: loss(count), lambda: loss(count // 2), intercept)
     how = HowToWalk(budget, intercept)
     try:
         stacks, how = verified(model, stacks, lambda: loss(count), how, half)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -109,7 +109,7 @@ def find_stacks(
 
 
 def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Callable[[], Any]) -> frozenset[int | str]:
-    """Arguments whose first dimension stays the same with one example less."""
+    """Arguments whose first dimension stays the same with fewer examples; none if the loss wants them all, as those it takes for batches are seen through in the check."""
     seen: list[dict[int | str, list[int]]] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -119,9 +119,10 @@ def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Calla
     with ExitStack() as hooks:
         for part in parts:
             hooks.callback(part.block.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for each in (run, fewer):
+        for each, may_fail in ((run, ()), (fewer, (Exception,))):
             seen.append({})
-            each()
+            with suppress(*may_fail):
+                each()
     # One entry may stand for all examples of this batch, and another batch have one for each.
     return frozenset(key for key, sizes in seen[0].items() if seen[1].get(key) == sizes and set(sizes) - {1})
 

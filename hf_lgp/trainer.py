@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -29,7 +30,17 @@ from .session import Session
 from .settings import LGPSettings
 from .splice import no_gradient_taken
 from .state_files import read_state, write_state
-from .verify import entries_of, evaluating, examples_of, few_of, out_of_memory, unchanged, unrandom
+from .verify import (
+    entries_of,
+    evaluating,
+    examples_of,
+    few_of,
+    out_of_memory,
+    tensors_of,
+    unchanged,
+    unrandom,
+    without_gradients,
+)
 
 logger = library_logger()
 
@@ -110,13 +121,13 @@ class LGPTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             session.rested(examples_of(inputs))
             return loss
-        batch = self._prepare_inputs(inputs)
-        examples, size = examples_of(batch), float(entries_of(batch))
+        examples, size = examples_of(inputs), float(entries_of(inputs))
+        versions = [t._version for t in tensors_of(inputs)]
         if session.method is None:
             trained = sum(p.requires_grad for p in self._lgp_model.parameters())
             # All processes check at the same time.
             if session.unchecked(trained) and holds_everywhere(examples >= 2, self.args.device):
-                self._lgp_begin(session, batch, num_items_in_batch, trained)
+                self._lgp_begin(session, inputs, num_items_in_batch, trained)
         skipped = self.accelerator.optimizer_step_was_skipped
         plan = session.plan(self.state.global_step, self.args.gradient_accumulation_steps, skipped)
         compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
@@ -124,11 +135,15 @@ class LGPTrainer(Trainer):
         failed: str | None = None
         try:
             with eager, session.step(plan, examples, size):
-                loss = super().training_step(model, batch, num_items_in_batch)
+                loss = super().training_step(model, inputs, num_items_in_batch)
         except SpliceError as error:
             if self.args.world_size > 1:  # the other processes would wait for this one
                 raise RuntimeError(
                     f"The gradients of this model cannot be predicted: {error}. Use `lgp_control_fraction=1` to train exactly."
+                ) from error
+            if versions != [t._version for t in tensors_of(inputs)]:
+                raise RuntimeError(
+                    f"Predictions failed in a step that has changed its batch in place: {error}. Use `lgp_control_fraction=1` to train exactly."
                 ) from error
             if error.in_backward and not session.first_of_step:
                 raise RuntimeError(
@@ -136,11 +151,9 @@ class LGPTrainer(Trainer):
                 ) from error
             failed = f"{error}"
         except Exception as error:  # something else that the splice may have broken: if so, an exact step goes well
-            if (
-                not (session.splices(plan) and session.first_of_step)
-                or self.args.world_size > 1
-                or out_of_memory(error)
-            ):
+            changed = versions != [t._version for t in tensors_of(inputs)]
+            again = session.splices(plan) and session.first_of_step and self.args.world_size == 1
+            if changed or not again or out_of_memory(error):
                 raise
             failed = f"running it in parts raises {type(error).__name__}: {error}"
         if failed is not None:  # the error would keep what the step held
@@ -161,9 +174,10 @@ class LGPTrainer(Trainer):
             contexts.enter_context(no_gradient_taken())
         return contexts
 
-    def _lgp_begin(self, session: Session, batch: Any, num_items_in_batch: Tensor | int | None, trained: int) -> None:
-        """Find and verify a way to predict the model's gradients."""
+    def _lgp_begin(self, session: Session, inputs: Any, num_items_in_batch: Tensor | int | None, trained: int) -> None:
+        """Find and verify a way to predict the model's gradients; nothing else is different afterwards."""
         settings, model = self._lgp_settings, self._lgp_model
+        batch = self._prepare_inputs(few_of(inputs, examples_of(inputs)))
 
         def loss(count: int) -> Tensor:
             with self.compute_loss_context_manager():
@@ -193,7 +207,7 @@ class LGPTrainer(Trainer):
                 budget = RowBudget(*settings.rows)
                 backend = self.args.torch_compile_backend, self.args.torch_compile_mode
                 run: Run = Compiled(*backend) if self.args.torch_compile else run_eagerly
-                with unchanged(model):
+                with unchanged(model), without_gradients(model), patch.object(self, "log", lambda *_, **__: None):
                     count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                     method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
         except UnknownBlock as error:

@@ -172,6 +172,19 @@ def unchanged(*modules: nn.Module, put_back: bool = False) -> Iterator[list[str]
                     module._buffers[name] = buffer
 
 
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """A context in which parameters have no gradients, and after which they have those that they had."""
+    held = [(p, p.grad) for p in model.parameters()]
+    try:
+        for p, _ in held:
+            p.grad = None
+        yield
+    finally:
+        for p, gradient in held:
+            p.grad = gradient
+
+
 def _close(value: Tensor, expected: Tensor, allowed: float) -> bool:
     return bool((value - expected).abs() <= allowed * expected.abs().clamp(min=1e-3))
 
@@ -214,14 +227,18 @@ def unrandom() -> Iterator[None]:
 
 
 def few_of(inputs: Any, count: int) -> Any:
-    """The first examples of a batch: of every tensor whose first dimension is that of the first tensor found."""
+    """Copies of the first examples of a batch: of every tensor whose first dimension is that of the first tensor found."""
     examples = examples_of(inputs)
 
     def few(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[:count] if value.dim() and len(value) == examples else value
+            return (value[:count] if value.dim() and len(value) == examples else value).clone()
         if isinstance(value, Mapping):
-            return {name: few(item) for name, item in value.items()}
+            items = {name: few(item) for name, item in value.items()}
+            try:
+                return type(value)(items)  # type: ignore[call-arg]
+            except TypeError:
+                return items
         if type(value) in (list, tuple):
             return type(value)(few(item) for item in value)
         return value

@@ -94,7 +94,10 @@ def _candidates(
     x: Tensor, attention: nn.Module, entered: Mapping[Any, Any], made: Mapping[Any, Any]
 ) -> Iterator[Projection]:
     width = x.shape[-1]
-    for module in attention.modules():
+    # What stands within another module that is given the rows, such as a layer with adapters, may not be all of it in the next step.
+    around = [m for m in attention.modules() if m is not attention and entered.get(m) is x]
+    within = {inner for module in around for inner in module.modules() if inner is not module}
+    for module in (m for m in attention.modules() if m not in within):
         own = {name: p for name, p in module.named_parameters(recurse=False)}
         for name, p in own.items():
             for transposed in (False, True) if p.dim() == 2 else ():

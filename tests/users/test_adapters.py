@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import arguments, assert_unbiased, losses
+from runs import Gradients, arguments, assert_unbiased, losses
 from tiny import TinyImages, tiny_vit
 from transformers import Trainer
 
 from hf_lgp import LGPTrainer
+from hf_lgp.control.plan import StepPlan
 
 peft = pytest.importorskip("peft")
+
+
+TARGETS = {"one": ["q_proj"], "other": ["q_proj", "v_proj"]}
 
 
 def adapted() -> Any:
@@ -38,3 +42,29 @@ def test_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
     assert trainer._lgp_steps == {"exact": 0, "predicted": 6} and losses(trainer)[-1] < losses(trainer)[0]
     moved = {name for name, p in model.named_parameters() if not p.equal(before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.0])
+def test_an_adapter_that_is_switched_on_later_is_trained(fraction: float, tmp_path: Path) -> None:
+    """One on values, in the last block too, where exact steps make them for the first row alone."""
+    model = tiny_vit()
+    kinds = {
+        name: peft.LoraConfig(r=2, target_modules=list(of), init_lora_weights=False) for name, of in TARGETS.items()
+    }
+    model = peft.get_peft_model(model, kinds["one"], adapter_name="one")
+    model.add_adapter("other", kinds["other"])
+    model.set_adapter("one")
+    model.double()
+    settings = {"max_steps": 1, "label_names": ["labels"], "lgp_control_fraction": fraction, "lgp_exact_steps": 0}
+
+    class Switching(LGPTrainer):
+        def _lgp_begin(self, *args: Any, **kwargs: Any) -> None:
+            super()._lgp_begin(*args, **kwargs)
+            model.set_adapter("other")
+            self._lgp.plan = lambda *_: StepPlan(first_row=True)  # type: ignore[method-assign, union-attr]
+
+    seen = Gradients()
+    trainer = Switching(model, arguments(tmp_path, **settings), train_dataset=TinyImages(8), callbacks=[seen])
+    trainer.train()
+    values = [g for n, g in seen.steps[0].items() if "layers.1" in n and "v_proj.lora" in n and "other" in n]
+    assert trainer._lgp.rules.first_row and len(values) == 2 and all(g.any() for g in values)

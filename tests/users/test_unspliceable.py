@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Build, arguments, assert_exact_with_one_warning, losses
+from runs import Build, Gradients, arguments, assert_exact_with_one_warning, assert_unbiased, losses
 from tiny import TinyImages, tiny_convnext, tiny_vit
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, ViTForImageClassification
 
@@ -333,3 +334,79 @@ def test_losses_with_a_random_stream_of_their_own_are_predicted(tmp_path: Path) 
     trainer = Weighted(tiny_vit(torch.float32), args, train_dataset=DATA)
     trainer.train()
     assert trainer._lgp_steps["predicted"] == 3
+
+
+def first_gradients(base: type[Trainer], loss: Any, folder: Path, **settings: Any) -> tuple[Trainer, dict[str, Tensor]]:
+    """A run of three steps with some ``compute_loss``, and the gradients of the first."""
+    seen = Gradients()
+    kind = type("Own", (base,), {"compute_loss": loss})
+    args = arguments(folder, base, max_steps=3, lgp_exact_steps=0, **settings)
+    trainer = kind(tiny_vit(torch.float32), args, train_dataset=DATA, callbacks=[seen])
+    trainer.train()
+    return trainer, seen.steps[0]
+
+
+def backward_of_its_own(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    self.accelerator.backward(model(**inputs).loss)
+    return model(**inputs).loss
+
+
+def in_place(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    inputs["pixel_values"].mul_(0.5)
+    return model(**inputs).loss
+
+
+def logged(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    self.log({"mine": 1.0})
+    return model(**inputs).loss
+
+
+@pytest.mark.parametrize("loss", [backward_of_its_own, in_place, logged])
+def test_the_check_leaves_gradients_batches_and_logs_as_they_were(loss: Any, tmp_path: Path) -> None:
+    plain, expected = first_gradients(Trainer, loss, tmp_path)
+    mine, found = first_gradients(LGPTrainer, loss, tmp_path, lgp_control_fraction=0.0)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    assert [e.get("mine") for e in mine.state.log_history] == [e.get("mine") for e in plain.state.log_history]
+    assert mine._lgp_steps["exact"] + mine._lgp_steps["predicted"] == 3
+
+
+def test_inputs_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(base: type[Trainer], args: Any, **options: Any) -> Trainer:
+        class Scaled(base):  # type: ignore[misc, valid-type]
+            def _prepare_inputs(self, inputs: Any) -> Any:
+                out = super()._prepare_inputs(inputs)
+                return {**out, "pixel_values": 0.5 * out["pixel_values"]}
+
+        return Scaled(tiny_vit(), args, train_dataset=TinyImages(4), **options)
+
+    assert_unbiased(build, tmp_path, monkeypatch)
+
+
+def test_losses_of_pairs_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(base: type[Trainer], args: Any, **options: Any) -> Trainer:
+        class Pairs(base):  # type: ignore[misc, valid-type]
+            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+                one, other = model(**inputs).logits.unflatten(0, (-1, 2)).unbind(1)
+                return (one - other).square().sum(1).mean()
+
+        return Pairs(tiny_vit(), args, train_dataset=TinyImages(4), **options)
+
+    assert_unbiased(build, tmp_path, monkeypatch)
+
+
+def test_weights_that_are_cached_between_streams_are_trained_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(base: type[Trainer], args: Any, **options: Any) -> Trainer:
+        class Cached(base):  # type: ignore[misc, valid-type]
+            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+                with parametrize.cached():
+                    return model(**inputs).loss
+
+        model = tiny_vit(torch.float32, num_hidden_layers=3)
+        parametrizations.weight_norm(model.vit.layers[0].mlp.fc1)
+        return Cached(model, args, train_dataset=DATA, **options)
+
+    assert_exact_with_one_warning(build, tmp_path, caplog, "parametrize.cached")
