@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from .control.measurement import Comparison, GroupSpread
@@ -47,8 +46,6 @@ class Call:
         how: HowToWalk,
         observed: Observed,
     ) -> None:
-        if parametrize._cache_enabled:  # what one stream has kept, the other would be given
-            raise SpliceError("its parametrized weights are cached, by `parametrize.cached`")
         kind = h0.device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.parts, self.unbatched, self.observed = parts, unbatched, observed

@@ -38,6 +38,10 @@ class RowWalk:
         """Whether some stack's last block can be run on the first row only."""
         return any(stack.first_row_only for stack in self.stacks)
 
+    def on_all_rows(self) -> RowWalk:
+        """The same without running any last block on the first row only."""
+        return replace(self, stacks=tuple(replace(stack, first_row_only=False) for stack in self.stacks))
+
     def learns_from(self, plan: StepPlan) -> bool:
         """Never: the walk learns nothing."""
         return False

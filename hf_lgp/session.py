@@ -19,7 +19,7 @@ from .control.exchange import holds_everywhere, mean_over_processes, processes, 
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
 from .estimator import control_size
-from .methods import Method
+from .methods import Method, RowWalk
 from .settings import LGPSettings
 
 _AGAIN = 64  # micro-batches after which a check is tried again where it could not be made at first
@@ -95,7 +95,10 @@ class Session:
             trained: Number of the model's parameters that are trained.
             examples: Those of this micro-batch, in this process.
         """
-        found = [float(method is not None), float(method is not None and method.has_first_row), float(trained)]
+        first_row = holds_everywhere(method is not None and method.has_first_row, self.device)
+        if isinstance(method, RowWalk) and not first_row:  # in one process somebody may listen in the last block
+            method = method.on_all_rows()
+        found = [float(method is not None), float(trained)]
         if processes() > 1 and not same_everywhere(found, self.device):
             method, refused = None, refused or "the check came to something else in another process"
         self.method, self.refused, self._trained, self._ready = method, refused, trained, False

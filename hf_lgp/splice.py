@@ -72,12 +72,6 @@ def no_gradient_taken() -> Iterator[None]:
         yield
 
 
-def not_in_backward() -> None:
-    """Raise :class:`SpliceError` where a forward is recomputed in a backward: it would draw other control examples."""
-    if torch._C._current_graph_task_id() != -1:
-        raise SpliceError("what is spliced is run once more in the backward, as by activation checkpointing around it")
-
-
 class Gradients:
     """Sums of exact and predicted gradients, by parameter; both terms of (1), whose weights are in ``delta`` already.
 

@@ -31,10 +31,10 @@ from .rows.parts import (
     heard,
     module_by_module,
     parts_of,
+    refuse_reuse,
 )
 from .rows.walk import HowToWalk
 from .sealed import FirstRow, Sealed, SpliceError
-from .splice import not_in_backward
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _Runs:
                 return self._first_row(hidden, args, kwargs)
             return forward(hidden, *args, **kwargs)
         if i == 0:
-            not_in_backward()
+            refuse_reuse()
         if i == 0 and isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed):
             self.call = Call(self.predicted, self.stack.unbatched, self.plan, next(self.numbers), hidden, *self.rest)
         call = self.call

@@ -36,9 +36,9 @@ from .verify import (
     examples_of,
     few_of,
     out_of_memory,
-    tensors_of,
     unchanged,
     unrandom,
+    versions_of,
     without_gradients,
 )
 
@@ -68,6 +68,7 @@ class LGPTrainer(Trainer):
         self._lgp_cost = 1.0
         self._lgp_loading: str | None = None
         self._lgp_exhausted = False  # whether memory ran out in the check of the model: it may be worth a smaller batch
+        self._lgp_writes = True  # whether losses may change their batch in place
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(RunCallback(self._lgp_begin_run))
@@ -92,7 +93,7 @@ class LGPTrainer(Trainer):
         """Every training loop passes here: of a search, of a second run, with a smaller batch."""
         self._lgp_validate()  # searches change arguments without constructing them anew
         settings, restored = self._lgp_settings, self._lgp_restored
-        self._lgp = self._lgp_restored = None
+        self._lgp, self._lgp_restored, self._lgp_writes = None, None, True
         if settings.control_fraction >= 1.0:
             return
         steps = self.state.max_steps * self.args.gradient_accumulation_steps
@@ -121,48 +122,53 @@ class LGPTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             session.rested(examples_of(inputs))
             return loss
-        examples, size = examples_of(inputs), float(entries_of(inputs))
-        versions = [t._version for t in tensors_of(inputs)]
         if session.method is None:
             trained = sum(p.requires_grad for p in self._lgp_model.parameters())
-            # All processes check at the same time.
-            if session.unchecked(trained) and holds_everywhere(examples >= 2, self.args.device):
-                self._lgp_begin(session, inputs, num_items_in_batch, trained)
+            if session.unchecked(trained):
+                with unrandom():
+                    batch = self._prepare_inputs(few_of(inputs, examples_of(inputs)))
+                if holds_everywhere(examples_of(batch) >= 2, self.args.device):  # all processes check at the same time
+                    self._lgp_begin(session, batch, num_items_in_batch, trained)
         skipped = self.accelerator.optimizer_step_was_skipped
         plan = session.plan(self.state.global_step, self.args.gradient_accumulation_steps, skipped)
-        compiled = self.args.torch_compile and session.splices(plan)  # compiled code would not see the splice
-        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        # What is made a batch only by `_prepare_inputs` is taken to be as large as the one that was checked.
+        examples, size, spliced = (
+            examples_of(inputs) or session.controller.size,
+            entries_of(inputs),
+            session.splices(plan),
+        )
+        versions, kept = versions_of(inputs), few_of(inputs, examples) if spliced and self._lgp_writes else None
+        # Compiled code would not see the splice.
+        eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile and spliced else nullcontext()
         failed: str | None = None
         try:
-            with eager, session.step(plan, examples, size):
+            with eager, session.step(plan, examples, float(size)):
                 loss = super().training_step(model, inputs, num_items_in_batch)
-        except SpliceError as error:
-            if self.args.world_size > 1:  # the other processes would wait for this one
-                raise RuntimeError(
-                    f"The gradients of this model cannot be predicted: {error}. Use `lgp_control_fraction=1` to train exactly."
-                ) from error
-            if versions != [t._version for t in tensors_of(inputs)]:
-                raise RuntimeError(
-                    f"Predictions failed in a step that has changed its batch in place: {error}. Use `lgp_control_fraction=1` to train exactly."
-                ) from error
-            if error.in_backward and not session.first_of_step:
-                raise RuntimeError(
-                    f"Predictions failed in the middle of an accumulated step, whose gradients are incomplete: {error}. Use `lgp_control_fraction=1` to train exactly."
-                ) from error
-            failed = f"{error}"
-        except Exception as error:  # something else that the splice may have broken: if so, an exact step goes well
-            changed = versions != [t._version for t in tensors_of(inputs)]
-            again = session.splices(plan) and session.first_of_step and self.args.world_size == 1
-            if changed or not again or out_of_memory(error):
+        except (
+            Exception
+        ) as error:  # also of another kind, which the splice may have caused: then an exact step goes well
+            foreseen = isinstance(error, SpliceError)
+            lost = kept is None and versions != versions_of(inputs)  # the batch was changed in place
+            failed = f"{error}" if foreseen else f"running it in parts raises {type(error).__name__}: {error}"
+            begun = not isinstance(error, SpliceError) or error.in_backward
+            midway = begun and not session.first_of_step  # of an accumulated step
+            if not spliced or out_of_memory(error):
                 raise
-            failed = f"running it in parts raises {type(error).__name__}: {error}"
+            if self.args.world_size > 1 or lost or midway:  # other processes would wait for this one
+                if not foreseen:
+                    raise
+                raise RuntimeError(
+                    f"Predictions failed where the step could not be taken again: {failed}. Use `lgp_control_fraction=1` to train exactly."
+                ) from error
         if failed is not None:  # the error would keep what the step held
             session.refused = failed
             if session.first_of_step:
                 model.zero_grad()  # the backward may have begun
+            inputs = inputs if kept is None else kept
             loss = LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
             logger.warning(f"From step {self.state.global_step} on, LGPTrainer trains this model exactly: {failed}.")
             return loss
+        self._lgp_writes = versions != versions_of(inputs) if spliced else self._lgp_writes
         # A forward pass is a third of a step by operation count.
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
         return loss
@@ -174,10 +180,9 @@ class LGPTrainer(Trainer):
             contexts.enter_context(no_gradient_taken())
         return contexts
 
-    def _lgp_begin(self, session: Session, inputs: Any, num_items_in_batch: Tensor | int | None, trained: int) -> None:
+    def _lgp_begin(self, session: Session, batch: Any, num_items_in_batch: Tensor | int | None, trained: int) -> None:
         """Find and verify a way to predict the model's gradients; nothing else is different afterwards."""
         settings, model = self._lgp_settings, self._lgp_model
-        batch = self._prepare_inputs(few_of(inputs, examples_of(inputs)))
 
         def loss(count: int) -> Tensor:
             with self.compute_loss_context_manager():

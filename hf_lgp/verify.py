@@ -255,6 +255,11 @@ def tensors_of(inputs: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
+def versions_of(inputs: Any) -> list[int | None]:
+    """What tells whether the tensors of a batch have been changed in place since; None for those of which nothing tells."""
+    return [None if t.is_inference() else t._version for t in tensors_of(inputs)]
+
+
 def examples_of(inputs: Any) -> int:
     """Number of examples of a batch: the first dimension of its first tensor; 0 if there is none."""
     return next((len(t) for t in tensors_of(inputs) if t.dim()), 0)

@@ -16,9 +16,8 @@ from torch import nn
 
 from ..call import Observed
 from ..control.plan import StepPlan
-from ..rows.parts import NothingTrained, UnknownBlock, forward_replaced
+from ..rows.parts import NothingTrained, UnknownBlock, forward_replaced, refuse_reuse
 from ..sealed import SpliceError
-from ..splice import not_in_backward
 from .call import TrunkCall
 from .factored import find_layers
 from .predictor import LinearPredictor
@@ -53,7 +52,7 @@ def spliced_trunk(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            not_in_backward()
+            refuse_reuse()
             if [id(p) for p in trunk.parameters() if p.requires_grad] != [id(p) for p in predictor.parameters]:
                 raise SpliceError("other parameters of its trunk are trained than at the start")
             if any(p._backward_hooks for p in predictor.parameters):

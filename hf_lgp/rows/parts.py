@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from ..sealed import SpliceError
 from .norms import Norm, norm_of
 from .projections import Projection, projection_of
 
@@ -71,6 +73,14 @@ def module_by_module() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def refuse_reuse() -> None:
+    """Raise :class:`SpliceError` where a forward is recomputed in a backward, which would draw other control examples, or finds weights that another stream made."""
+    if parametrize._cache_enabled:
+        raise SpliceError("its parametrized weights are cached, by `parametrize.cached`")
+    if torch._C._current_graph_task_id() != -1:
+        raise SpliceError("what is spliced is run once more in the backward, as by activation checkpointing around it")
 
 
 class Spot(NamedTuple):

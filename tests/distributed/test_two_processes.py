@@ -17,7 +17,7 @@ import hf_lgp.trainer
 from hf_lgp.session import Session
 
 
-@pytest.mark.parametrize("kind", ["fixed", "automatic", "batches_of_other_sizes"])
+@pytest.mark.parametrize("kind", ["fixed", "automatic", "batches_of_other_sizes", "listened_to_in_one"])
 def test_ranks_stay_equal_and_decide_alike(kind: str, tmp_path: Path) -> None:
     assert forked(two_processes.main, str(tmp_path), kind, processes=2) == [0, 0]
 

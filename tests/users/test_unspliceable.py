@@ -372,16 +372,70 @@ def test_the_check_leaves_gradients_batches_and_logs_as_they_were(loss: Any, tmp
     assert mine._lgp_steps["exact"] + mine._lgp_steps["predicted"] == 3
 
 
-def test_inputs_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NAMES = {"images": "pixel_values", "classes": "labels"}
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_inputs_are_prepared_once(arrays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(base: type[Trainer], args: Any, **options: Any) -> Trainer:
         class Scaled(base):  # type: ignore[misc, valid-type]
             def _prepare_inputs(self, inputs: Any) -> Any:
-                out = super()._prepare_inputs(inputs)
-                return {**out, "pixel_values": 0.5 * out["pixel_values"]}
+                out = super()._prepare_inputs({name: torch.as_tensor(value) for name, value in inputs.items()})
+                return {"pixel_values": 0.5 * out["images"], "labels": out["classes"]}
 
-        return Scaled(tiny_vit(), args, train_dataset=TinyImages(4), **options)
+        def lists(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+            batch = {name: torch.stack([row[of] for row in rows]) for name, of in NAMES.items()}
+            return {name: value.numpy() for name, value in batch.items()} if arrays else batch
+
+        return Scaled(tiny_vit(), args, train_dataset=TinyImages(4), data_collator=lists, **options)
 
     assert_unbiased(build, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_preparing_inputs_draws_is_drawn_once(refused: bool, tmp_path: Path) -> None:
+    def run(base: type[Trainer]) -> Trainer:
+        class Noisy(base):  # type: ignore[misc, valid-type]
+            def _prepare_inputs(self, inputs: Any) -> Any:
+                out = super()._prepare_inputs(inputs)
+                return {**out, "pixel_values": out["pixel_values"] + torch.randn_like(out["pixel_values"])}
+
+        model = tiny_convnext() if refused else tiny_vit(torch.float32)
+        trainer = Noisy(model, arguments(tmp_path, base, max_steps=3, lgp_control_fraction=0.0), train_dataset=DATA)
+        trainer.train()
+        return trainer
+
+    plain, mine = run(Trainer), run(LGPTrainer)
+    assert losses(mine) == (losses(plain) if refused else pytest.approx(losses(plain), rel=1e-5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_loss_that_writes_into_its_batch_is_repeated_on_what_it_was(
+    scale: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Writing(LGPTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+            with torch.inference_mode():
+                inputs["teacher"] = torch.ones(len(inputs["labels"]))
+            self.seen = inputs["pixel_values"].clone()
+            loss = super().training_step(model, inputs, *args)
+            self.wrote = inputs["pixel_values"]
+            return loss
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            weight = (inputs.pop("teacher") / 2).mean()
+            inputs["pixel_values"].mul_(scale)
+            late = self.state.global_step >= 2
+            outputs = model(**inputs, output_hidden_states=late)
+            self.met = inputs["pixel_values"].clone()
+            return weight * (outputs.loss + (outputs.hidden_states[1].square().mean() if late else 0.0))
+
+    trainer = Writing(
+        tiny_vit(torch.float32, num_hidden_layers=3), arguments(tmp_path, max_steps=3), train_dataset=DATA
+    )
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 1, "predicted": 2} and "From step 2 on" in warnings_of(caplog)[0]
+    assert torch.equal(trainer.met, scale * trainer.seen)
 
 
 def test_losses_of_pairs_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +448,19 @@ def test_losses_of_pairs_are_predicted(tmp_path: Path, monkeypatch: pytest.Monke
         return Pairs(tiny_vit(), args, train_dataset=TinyImages(4), **options)
 
     assert_unbiased(build, tmp_path, monkeypatch)
+
+
+def test_the_linear_predictor_knows_of_cached_weights_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Cached(LGPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with parametrize.cached():
+                return super().compute_loss(*args, **kwargs)
+
+    trainer = Cached(
+        tiny_vit(torch.float32), arguments(tmp_path, max_steps=3, lgp_predictor="linear"), train_dataset=DATA
+    )
+    trainer.train()
+    assert trainer._lgp_steps["predicted"] == 0 and "parametrize.cached" in warnings_of(caplog)[0]
 
 
 def test_weights_that_are_cached_between_streams_are_trained_exactly(
