@@ -340,7 +340,7 @@ def first_gradients(base: type[Trainer], loss: Any, folder: Path, **settings: An
     """A run of three steps with some ``compute_loss``, and the gradients of the first."""
     seen = Gradients()
     kind = type("Own", (base,), {"compute_loss": loss})
-    args = arguments(folder, base, max_steps=3, lgp_exact_steps=0, **settings)
+    args = arguments(folder, base, max_steps=3, max_grad_norm=0.0, lgp_exact_steps=0, **settings)
     trainer = kind(tiny_vit(torch.float32), args, train_dataset=DATA, callbacks=[seen])
     trainer.train()
     return trainer, seen.steps[0]
