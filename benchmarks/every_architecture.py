@@ -32,13 +32,13 @@ from transformers.utils import logging
 
 import hf_lgp.call
 from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.batches import few_of
 from hf_lgp.control.measurement import GroupSpread
 from hf_lgp.control.plan import StepPlan
 from hf_lgp.estimator import relative_variance
 from hf_lgp.methods import RowWalk, row_walk
 from hf_lgp.rows.parts import UnknownBlock
 from hf_lgp.rows.walk import RowBudget
-from hf_lgp.verify import few_of
 
 FRACTIONS, DOUBLINGS = (0.5, 0.25, 0.125), (0, 1, 2)
 Examples = dict[str, Tensor]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from .batches import entries_of
 from .compatibility import refuse_incompatible
 from .control.controller import PERIOD
 from .control.plan import GROUPS, StepPlan
@@ -24,7 +25,7 @@ from .estimator import FRACTIONS, best_fraction, control_size, relative_variance
 from .session import Session
 from .trainer import LGPTrainer
 from .training_args import LGPTrainingArguments
-from .verify import entries_of, unrandom
+from .verify import unrandom
 
 _MOST, _TIMES = 256, 4
 """Micro-batches at most; times of a step with predictions that are believed."""

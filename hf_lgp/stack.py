@@ -109,7 +109,10 @@ def find_stacks(
 
 
 def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Callable[[], Any]) -> frozenset[int | str]:
-    """Arguments whose first dimension stays the same with fewer examples; none if the loss wants them all, as those it takes for batches are seen through in the check."""
+    """Arguments whose first dimension stays the same with fewer examples.
+
+    None are known where the loss wants all examples; what is then wrongly taken for a batch gives the split model another loss in the check.
+    """
     seen: list[dict[int | str, list[int]]] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:

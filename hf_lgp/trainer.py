@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from .attention_interface import intercepted_attention
+from .batches import entries_of, examples_of, few_of, versions_of
 from .compatibility import refuse_incompatible
 from .control.exchange import holds_everywhere
 from .methods import LinearMethod, Method, row_walk
@@ -30,17 +31,7 @@ from .session import Session
 from .settings import LGPSettings
 from .splice import no_gradient_taken
 from .state_files import read_state, write_state
-from .verify import (
-    entries_of,
-    evaluating,
-    examples_of,
-    few_of,
-    out_of_memory,
-    unchanged,
-    unrandom,
-    versions_of,
-    without_gradients,
-)
+from .verify import evaluating, out_of_memory, unchanged, unrandom, without_gradients
 
 logger = library_logger()
 

@@ -7,7 +7,7 @@ one check replaces every table of supported models.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -224,47 +224,3 @@ def unrandom() -> Iterator[None]:
                 other.set_rng_state(state)
             random.setstate(others[0])
             np.random.set_state(others[1])
-
-
-def few_of(inputs: Any, count: int) -> Any:
-    """Copies of the first examples of a batch: of every tensor whose first dimension is that of the first tensor found."""
-    examples = examples_of(inputs)
-
-    def few(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (value[:count] if value.dim() and len(value) == examples else value).clone()
-        if isinstance(value, Mapping):
-            items = {name: few(item) for name, item in value.items()}
-            try:
-                return type(value)(items)  # type: ignore[call-arg]
-            except TypeError:
-                return items
-        if type(value) in (list, tuple):
-            return type(value)(few(item) for item in value)
-        return value
-
-    return few(inputs)
-
-
-def tensors_of(inputs: Any) -> Iterator[Tensor]:
-    """The tensors of a batch."""
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, (Mapping, list, tuple)):
-        for item in inputs.values() if isinstance(inputs, Mapping) else inputs:
-            yield from tensors_of(item)
-
-
-def versions_of(inputs: Any) -> list[int | None]:
-    """What tells whether the tensors of a batch have been changed in place since; None for those of which nothing tells."""
-    return [None if t.is_inference() else t._version for t in tensors_of(inputs)]
-
-
-def examples_of(inputs: Any) -> int:
-    """Number of examples of a batch: the first dimension of its first tensor; 0 if there is none."""
-    return next((len(t) for t in tensors_of(inputs) if t.dim()), 0)
-
-
-def entries_of(inputs: Any) -> int:
-    """Entries of a batch's largest tensor: the unit of work in which times of micro-batches are compared."""
-    return max((t.numel() for t in tensors_of(inputs)), default=1)

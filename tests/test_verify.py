@@ -1,4 +1,4 @@
-"""The check before anything is predicted, and how a batch is taken apart for it."""
+"""The check before anything is predicted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_lgp.attention_interface import intercepted_attention
+from hf_lgp.batches import few_of
 from hf_lgp.methods import row_walk
 from hf_lgp.rows.parts import UnknownBlock
 from hf_lgp.rows.walk import RowBudget
-from hf_lgp.verify import entries_of, examples_of, few_of, unrandom
+from hf_lgp.verify import unrandom
 
 
 def check(model: Any, loss: Any = None) -> Any:
@@ -185,22 +186,6 @@ def test_random_streams_are_as_they_were_and_the_same_inside() -> None:
         assert (np.random.get_state()[1] == state[1]).all() and random.getstate() == state[2]
         draws()
     assert inside[0] == inside[1]
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {"a": torch.zeros(5, 2), "b": [torch.zeros(5), "text"], "c": torch.zeros(3)},
-        (torch.zeros(5, 2), {"y": torch.zeros(5)}),
-        torch.zeros(5, 2),
-    ],
-)
-def test_few_examples_are_taken_of_any_kind_of_batch(batch: Any) -> None:
-    assert examples_of(batch) == 5 and examples_of(few_of(batch, 2)) == 2
-    assert entries_of(batch) == 10 and examples_of("text") == 0
-    if isinstance(batch, dict):
-        few = few_of(batch, 2)
-        assert len(few["b"][0]) == 2 and few["b"][1] == "text" and len(few["c"]) == 3 and len(batch["a"]) == 5
 
 
 def test_a_loss_that_is_differentiated_twice_is_found_out() -> None:
