@@ -59,24 +59,16 @@ def intercepted_attention(function: AttentionFunction) -> Iterator[None]:
             masks = (*masks, ((at[:, None] - at).abs() < window)[None, None])
         return function(plain, query, key, value, masks, causal, options.get("scaling"), options.get("dropout", 0.0))
 
-    def direct(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def direct(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         def plain() -> tuple[Tensor, None]:
-            out = product(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-            return out.transpose(1, 2), None
+            return product(query, key, value, *args, **options).transpose(1, 2), None
 
         if query.dim() != 4:
-            return plain()[0].transpose(1, 2)
-        masks = () if attn_mask is None else (attn_mask[(None,) * (4 - attn_mask.dim())],)
-        out: Tensor = function(plain, query, key, value, masks, is_causal, scale, dropout_p)[0]
+            return product(query, key, value, *args, **options)
+        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | options
+        mask, causal, dropout = given.get("attn_mask"), given.get("is_causal", False), given.get("dropout_p", 0.0)
+        masks = () if mask is None else (mask[(None,) * (4 - mask.dim())],)
+        out: Tensor = function(plain, query, key, value, masks, causal, given.get("scale"), dropout)[0]
         return out.transpose(1, 2)
 
     with patch.object(AttentionInterface, "get_interface", interface):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +16,15 @@ def few_of(inputs: Any, count: int) -> Any:
 
     def few(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return (value[:count] if value.dim() and len(value) == examples else value).clone()
+            part = count < examples and value.dim() and len(value) == examples
+            return (value[:count] if part else value).clone()
         if isinstance(value, Mapping):
             items = {name: few(item) for name, item in value.items()}
-            try:
-                return type(value)(items)  # type: ignore[call-arg]
-            except TypeError:
-                return items
+            with suppress(Exception):  # with whatever else it holds, if it can be copied and filled
+                same: Any = copy.copy(value)
+                same.update(items)
+                return same
+            return items
         if type(value) in (list, tuple):
             return type(value)(few(item) for item in value)
         return value
@@ -37,9 +41,15 @@ def tensors_of(inputs: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def versions_of(inputs: Any) -> list[int | None]:
-    """What tells whether the tensors of a batch have been changed in place since; None for those of which nothing tells."""
-    return [None if t.is_inference() else t._version for t in tensors_of(inputs)]
+def versions_of(inputs: Any) -> list[tuple[Tensor, int | None]]:
+    """The tensors of a batch, and what tells whether they have been changed in place since; None for those of which nothing tells."""
+    return [(t, None if t.is_inference() else t._version) for t in tensors_of(inputs)]
+
+
+def changed(before: list[tuple[Tensor, int | None]], inputs: Any) -> bool:
+    """Whether a batch holds other tensors than it did, or others' values, given its :func:`versions_of` then."""
+    now = versions_of(inputs)
+    return len(now) != len(before) or any(a is not b or v != w for (a, v), (b, w) in zip(before, now, strict=True))
 
 
 def examples_of(inputs: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from .control.measurement import Comparison, GroupSpread
 from .control.plan import StepPlan, draw_order, identity_order, private_seed
-from .estimator import control_scale, control_size, control_weights
+from .estimator import control_size, control_weights
 from .rows.leaves import leaves_of
 from .rows.notes import BlockNotes, StreamNotes, map_tensors
 from .rows.parts import BlockParts
@@ -63,22 +62,13 @@ class Call:
         groups = min(plan.measure, self.controls)
         apart = min(_TOGETHER, self.controls // groups) * groups if groups else 0
         rows = h0.detach() if self.whole else h0.detach().index_select(0, self.order)
-        bounds = [slice(0, apart), slice(apart, self.controls), slice(self.controls, self.m)]
-        grouped, control, others = (slice_ if slice_.start < slice_.stop else None for slice_ in bounds)
-        self.control = [
-            ControlStream(part, rows[part], self.how, groups if part is grouped else 0)
-            for part in (grouped, control)
-            if part is not None
-        ]
-        self.streams = [*self.control, *([Stream(others, rows[others], self.how)] if others is not None else [])]
-        self.notes: list[BlockNotes] = []
-        self.inner: list[weakref.ref[Tensor]] = []  # where no gradient must arrive but by :meth:`_pull`
+        bounds = (0, apart, groups), (apart, self.controls, 0)
+        self.control = [ControlStream(slice(a, b), rows[a:b], self.how, of) for a, b, of in bounds if a < b]
+        others = [] if self.whole else [Stream(slice(self.controls, self.m), rows[self.controls :], self.how)]
+        self.streams = [*self.control, *others]
+        self.notes: list[BlockNotes] = []  # of the blocks that were run
+        self.inner: list[Tensor] = []  # where no gradient must arrive but by :meth:`_pull`
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def done(self) -> int:
-        """Number of blocks that were run."""
-        return len(self.notes)
 
     def block(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -91,32 +81,27 @@ class Call:
         Raises:
             SpliceError: If there is something in that.
         """
-        part = self.parts[self.done]
+        i = len(self.notes)
         args = tuple(self._ordered(key, value) for key, value in enumerate(args, start=1))
         kwargs = {key: self._ordered(key, value) for key, value in kwargs.items()}
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
         whole = len(self.streams) == 1
-        hidden = self._noted([stream.rows for stream in self.streams])
-        notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
-        needs_input = self._needs_input(self.done)
+        rows = [stream.rows for stream in self.streams]
+        if self.how.half == torch.bfloat16:  # which has the range of float32
+            rows = [t.to(torch.bfloat16) for t in rows]
+        notes = BlockNotes(rows[0] if whole else torch.cat(rows), args, kwargs, batched, StreamNotes({}, {}))
+        needs_input = i > self.first or self.h0.requires_grad
         # Control examples last: who listens within a block keeps theirs, which has a graph, so that its use is noticed.
         told = [
-            stream.block(part, forward, notes if whole else notes.take(stream.examples), self.leaves, needs_input)
+            stream.block(
+                self.parts[i], forward, notes if whole else notes.take(stream.examples), self.leaves, needs_input
+            )
             for stream in reversed(self.streams)
         ][::-1]
         noted = [each for _, each in told]
         stream = noted[0] if whole else tree_map(lambda *t: torch.cat(t), *noted)
         self.notes.append(replace(notes, stream=stream))
         return told[0][0]
-
-    def _noted(self, rows: Sequence[Tensor]) -> Tensor:
-        """What enters a block, for the walk: under autocast to bfloat16 in that, which has the range of float32."""
-        if self.how.half != torch.bfloat16:
-            return rows[0] if len(rows) == 1 else torch.cat(list(rows))
-        noted = torch.empty(self.h0.shape, dtype=self.how.half, device=self.h0.device)
-        for stream, own in zip(self.streams, rows, strict=True):
-            noted[stream.examples].copy_(own)
-        return noted
 
     def _ordered(self, key: int | str, value: Any) -> Any:
         """An argument of a block with its examples in the call's order."""
@@ -138,7 +123,7 @@ class Call:
     def finish(self) -> Tensor:
         """The stack's output for all examples, in their own order, shape ``(m, T, D)``."""
         self._selected.clear()
-        self.inner = [weakref.ref(t) for stream in self.control for t in stream.inner]
+        self.inner = [t for each in self.control for rows, own, _ in each.graphs for t in (rows, *own.values())]
         left = [stream.rows for stream in self.streams]
         value = left[0]
         if len(left) > 1:
@@ -147,13 +132,8 @@ class Call:
                 value.index_copy_(0, self.order[stream.examples], rows.to(value.dtype))
         return Spliced.apply(self.h0, lambda: value, self._pull, *self.parameters.values())
 
-    def _needs_input(self, i: int) -> bool:
-        """Whether the gradient of what enters a block is wanted."""
-        return i > self.first or (i == self.first and self.h0.requires_grad)
-
     def _walk(self, delta: Tensor, notes: Sequence[BlockNotes], groups: int = 0) -> Iterator[Walked]:
-        needs_input = self._needs_input(self.first)
-        return walk(self.parts, notes, delta, self.leaves, self.how, self.first, needs_input, groups)
+        return walk(self.parts, notes, delta, self.leaves, self.how, self.first, self.h0.requires_grad, groups)
 
     def _pull(self, delta: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Formula (1): from ``dL/dH``, the estimated gradients of ``h0`` and of the parameters."""
@@ -164,7 +144,7 @@ class Call:
             delta = delta.index_select(0, self.order)
             weights = control_weights(m, self.controls, delta.dtype, delta.device)
             walked = self._walk(delta * weights.view(m, 1, 1), self.notes)
-            delta = control_scale(m, self.controls) * delta[: self.controls]
+            delta = m / self.controls * delta[: self.controls]
         arrived: list[Any] = [delta[stream.examples] for stream in self.control]
         compared: Iterator[Walked] | None = None
         if self.control[0].groups:
@@ -172,22 +152,20 @@ class Call:
             compared = self._walk(arrived[0], notes, self.control[0].groups)
         of_rows = None
         for _ in range(self.first, len(self.parts)):
-            exact: dict[int, Tensor | None] = {}
             for k, stream in enumerate(self.control):
                 arrived[k], own = stream.pull(arrived[k])
                 if compared is not None and stream.groups:
                     own = self._compare(comparison, stream.groups, next(compared), own, arrived[k])
-                exact = {key: _added(g, own[key]) for key, g in exact.items()} if exact else own
-            if walked is None:
-                gradients.add_exact(exact)
-            else:
-                step = next(walked)
-                gradients.add(exact, step.own)
-                of_rows = step.of_hidden
+                if walked is not None and stream is self.control[-1]:
+                    step = next(walked)
+                    gradients.add(own, step.own)
+                    of_rows = step.of_hidden
+                else:
+                    gradients.add_exact(own)
         if compared is not None:
             self.observed(comparison.spread())
         of_h0, of_parameters = gradients.totals(of_rows)
-        if not self._needs_input(self.first):
+        if not self.h0.requires_grad:
             return None, of_parameters
         if of_h0 is None:
             return arrived[0] if len(arrived) == 1 else torch.cat(arrived), of_parameters
@@ -210,7 +188,3 @@ class Call:
             one, other = (t.unflatten(0, (groups, -1)).sum(1) for t in (of_rows, step.of_hidden))
             comparison.add({0: one}, {0: other}, ())
         return {key: None if g is None else sums.get(key) for key, g in exact.items()}
-
-
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return one if other is None else other if one is None else one + other

@@ -65,7 +65,7 @@ def _obstacles_in_arguments(args: TrainingArguments, accelerator: Accelerator | 
 
 
 def _obstacles_in_model(model: nn.Module) -> Iterator[str]:
-    if is_compiled_module(model):
+    if is_compiled_module(model) or getattr(model, "_compiled_call_impl", None) is not None:
         yield "LGPTrainer compiles the model itself: pass it as it is, with `torch_compile=True`."
     if getattr(model, "quantization_method", None) is not None or getattr(model, "is_quantized", False):
         yield "LGPTrainer does not support quantised weights: load the model unquantised."

@@ -8,7 +8,6 @@ The idea is that of *Linear Gradient Prediction with Control Variates*, arXiv 25
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -29,16 +28,11 @@ def control_size(examples: int, fraction: float) -> int:
     return min(examples, max(1, round(fraction * examples)))
 
 
-def control_scale(examples: int, controls: int) -> float:
-    """What an exact gradient of a control example counts: ``m / m_c``."""
-    return examples / controls
-
-
 @lru_cache(maxsize=32)
 def control_weights(examples: int, controls: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Weights ``w_i = 1 - (m / m_c) [i in S]`` of the predictions, control examples first; shape ``(m,)``."""
     weights = torch.ones(examples, dtype=dtype, device=device)
-    weights[:controls] -= control_scale(examples, controls)
+    weights[:controls] -= examples / controls
     return weights
 
 
@@ -53,15 +47,6 @@ def relative_variance(fraction: float, residual_share: float) -> float:
 def price(fraction: float, residual_share: float, cost: float) -> float:
     """Statistical price: relative variance times relative cost, formula (3). Plain training has price 1."""
     return relative_variance(fraction, residual_share) * cost
-
-
-def best_fraction(costs: Mapping[float, float], residual_share: float, budget: float) -> float:
-    """The control fraction of least price whose variance the budget allows, given relative costs; 1 where none has a price below 1."""
-    allowed = {
-        f: price(f, residual_share, c) for f, c in costs.items() if relative_variance(f, residual_share) <= budget
-    }
-    best = min(allowed, key=allowed.__getitem__, default=1.0)
-    return best if allowed.get(best, 1.0) < 1.0 else 1.0
 
 
 def spread(sums: Tensor, squares: Tensor, groups: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +21,6 @@ from .settings import LGPSettings
 from .stack import Stack, find_stacks, spliced
 from .verify import evaluating, refusing, unrandom, verified
 
-_LEARNT = 4  # one in so many exact steps that the linear predictor goes on learning from
-
 
 @dataclass(frozen=True)
 class RowWalk:
@@ -38,13 +36,11 @@ class RowWalk:
         """Whether some stack's last block can be run on the first row only."""
         return any(stack.first_row_only for stack in self.stacks)
 
-    def on_all_rows(self) -> RowWalk:
-        """The same without running any last block on the first row only."""
-        return replace(self, stacks=tuple(replace(stack, first_row_only=False) for stack in self.stacks))
-
-    def learns_from(self, plan: StepPlan) -> bool:
-        """Never: the walk learns nothing."""
-        return False
+    def with_first_rows(self, flags: Sequence[bool]) -> RowWalk:
+        """The same, running the last block of these stacks on the first row only."""
+        return replace(
+            self, stacks=tuple(replace(s, first_row_only=f) for s, f in zip(self.stacks, flags, strict=True))
+        )
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan."""
@@ -73,15 +69,26 @@ def row_walk(
     with refusing(), evaluating(model), unrandom():
         stacks = find_stacks(model, lambda: loss(count), lambda: loss(count // 2), intercept)
     how = HowToWalk(budget, intercept)
-    try:
-        stacks, how = verified(model, stacks, lambda: loss(count), how, half)
-    except UnknownBlock as reason:
-        if not any(part.on_few for stack in stacks for part in stack.parts):
-            raise
-        # Perhaps it needs as many rows as there are, such as one that makes a bias for each pair.
-        stacks = tuple(stack.on_all() for stack in stacks)
+
+    def checked(stacks: Sequence[Stack]) -> tuple[tuple[Stack, ...], HowToWalk]:
+        return verified(model, stacks, lambda: loss(count), how, half)
+
+    def passes(stack: Stack) -> bool:
         try:
-            stacks, how = verified(model, stacks, lambda: loss(count), how, half)
+            return bool(checked([stack]))
+        except UnknownBlock:
+            return False
+
+    try:
+        stacks, how = checked(stacks)
+    except UnknownBlock as reason:
+        # Perhaps it needs as many rows as there are, such as one that makes a bias for each pair; or of several stacks some can be spliced.
+        on_all = tuple(replace(s, parts=tuple(replace(part, on_few=False) for part in s.parts)) for s in stacks)
+        kept = tuple(stack for stack in on_all if len(stacks) > 1 and passes(stack)) or on_all
+        if kept == stacks:
+            raise
+        try:
+            stacks, how = checked(kept)
         except UnknownBlock:
             raise reason from None
     return RowWalk(stacks, replace(how, run=run))
@@ -99,10 +106,6 @@ class LinearMethod(LinearPredictor):
     def __init__(self, model: nn.Module, settings: LGPSettings) -> None:
         self.trunk = find_trunk(model)
         super().__init__(self.trunk, settings, torch.promote_types(torch.float32, next(self.trunk.parameters()).dtype))
-
-    def learns_from(self, plan: StepPlan) -> bool:
-        """Until it is ready from every exact step, then from some: the others are for timing."""
-        return not self.ready or plan.seed % _LEARNT == 0
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan, and the predictor learns."""

@@ -21,7 +21,7 @@ from .compatibility import refuse_incompatible
 from .control.controller import PERIOD
 from .control.plan import GROUPS, StepPlan
 from .control.residual import Residual
-from .estimator import FRACTIONS, best_fraction, control_size, relative_variance
+from .estimator import FRACTIONS, control_size, relative_variance
 from .session import Session
 from .trainer import LGPTrainer
 from .training_args import LGPTrainingArguments
@@ -68,8 +68,7 @@ class ProbeReport:
 
     def best(self, budget: float) -> float:
         """The fraction of least price within a variance budget."""
-        costs = {f: t / self.step_times[1.0] for f, t in self.step_times.items() if f < 1.0}
-        return best_fraction(costs, self.residual_share, budget)
+        return min((f for f in self.step_times if self.variance(f) <= budget), key=self.prices.__getitem__)
 
     @property
     def input_bound(self) -> bool:
@@ -156,7 +155,7 @@ class _Probing(LGPTrainer):
         wait = statistics.median(self.waits[2:] or (0.0,))  # the first batches start the workers
         found: list[ProbeReport] = []
         for rows, known in enumerate(controller.residuals):
-            times = {1.0: exact / plain, **{f: controller.cost(f, rows) * exact / plain for f in possible}}
+            times = {1.0: exact / plain, **{f: times_of.cost(f, rows) * exact / plain for f in possible}}
             report = ProbeReport(1.0, known.share, times, plain * self.unit, times_of.first_row, budget, rows=rows)
             found.append(replace(report, fraction=report.best(budget), loader_seconds=wait))
         return min(found, key=lambda report: report.prices[report.fraction])  # of equals, that of fewest rows

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .control.clock import Lap, mark
 from .control.controller import PERIOD, Controller, Rules
-from .control.exchange import holds_everywhere, mean_over_processes, processes, same_everywhere
+from .control.exchange import holds_everywhere, mean_over_processes
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
 from .estimator import control_size
 from .methods import Method, RowWalk
 from .settings import LGPSettings
 
+_LEARNT = 4  # one in so many exact steps that a predictor goes on learning from
 _AGAIN = 64  # micro-batches after which a check is tried again where it could not be made at first
 
 
@@ -50,7 +51,7 @@ class Session:
     """
 
     def __init__(self, settings: LGPSettings, steps: int, device: torch.device, process: int = 0) -> None:
-        self.settings, self.run_steps, self.device, self.process, self._trained = settings, steps, device, process, 0
+        self.settings, self.run_steps, self.device, self.process = settings, steps, device, process
         self.method: Method | None = None
         self.refused: str | None = None
         self.controller = Controller()
@@ -65,9 +66,9 @@ class Session:
         self._ready = False  # whether the method has learnt enough in all processes
         self._learnt: Mapping[str, Tensor] | None = None
         self._asked = 0  # how often it was to be found out how to predict
+        self._tried: set[int] = set()  # with which numbers of trained parameters it was
         self._entries = 0.0  # of the largest micro-batch
-        self._rest = 0  # micro-batches without a plan to come
-        self._rested = 0  # and past, of which the controller does not know yet
+        self._rest = 0  # micro-batches without a plan to come, which the controller has counted
         self._saved_before = 0.0  # estimated seconds saved by the runs that this one goes on from
 
     @property
@@ -82,7 +83,7 @@ class Session:
     def unchecked(self, trained: int) -> bool:
         """Whether it is to be found out how to predict: at first, and where it was not possible, once other parameters are trained."""
         if self.refused is not None:
-            return trained != self._trained
+            return trained not in self._tried
         self._asked += 1  # where batches have one example, this may go on for ever, and other processes are waited for
         return self._asked <= PERIOD or self._asked % _AGAIN == 0
 
@@ -95,13 +96,14 @@ class Session:
             trained: Number of the model's parameters that are trained.
             examples: Those of this micro-batch, in this process.
         """
-        first_row = holds_everywhere(method is not None and method.has_first_row, self.device)
-        if isinstance(method, RowWalk) and not first_row:  # in one process somebody may listen in the last block
-            method = method.on_all_rows()
-        found = [float(method is not None), float(trained)]
-        if processes() > 1 and not same_everywhere(found, self.device):
-            method, refused = None, refused or "the check came to something else in another process"
-        self.method, self.refused, self._trained, self._ready = method, refused, trained, False
+        everywhere = holds_everywhere(method is not None, self.device)
+        if method is not None and not everywhere:
+            method, refused = None, "the check came to something else in another process"
+        if isinstance(method, RowWalk):  # with rounding between them, processes may have judged differently
+            flags = torch.tensor([stack.first_row_only for stack in method.stacks], device=self.device).float()
+            method = method.with_first_rows([mean == 1.0 for mean in mean_over_processes(flags).tolist()])
+        self._tried |= {trained}
+        self.method, self.refused, self._ready = method, refused, False
         if method is not None and self._learnt:
             try:
                 method.load_state_dict(self._learnt)
@@ -112,15 +114,24 @@ class Session:
         self.controller = self.controller.sized(sizes.item())
         return refused
 
+    @property
+    def reason(self) -> str | None:
+        """Why nothing is predicted; None while there is no reason."""
+        never = "no batch of two examples or more came to its `training_step`"
+        return never if self.method is None and self.refused is None else self.refused
+
+    def refuse(self, reason: str) -> None:
+        """Predict no more."""
+        self.method, self.refused = None, reason
+
     def plan(self, step: int, accumulation: int, skipped: bool = False) -> StepPlan:
         """The plan of the next micro-batch, given whether the latest optimizer step was skipped because gradients overflowed."""
-        micro_batch = self._position[1] + 1 if self._position[0] == step else 0
-        if micro_batch == 0:
+        self._advance(step)
+        if self.first_of_step:
             if skipped:
                 self._take_back()
             self._latest = []
-        self._position = (step, micro_batch)
-        if self.method is None or self.refused is not None:
+        if self.method is None:
             return StepPlan()
         self._decide(step)
         # Of what is not fitted a measurement tells nothing.
@@ -128,7 +139,10 @@ class Session:
         plan = self.controller.plan(self.rules, step, accumulation) if known else StepPlan()
         if plan.plain and not self.method.learns:
             return plan
-        return replace(plan, seed=private_seed(self.settings.seed, step, micro_batch, self.process))
+        return replace(plan, seed=private_seed(self.settings.seed, *self._position, self.process))
+
+    def _advance(self, step: int) -> None:
+        self._position = step, self._position[1] + 1 if self._position[0] == step else 0
 
     @property
     def first_of_step(self) -> bool:
@@ -137,25 +151,24 @@ class Session:
 
     def rests(self) -> bool:
         """Whether the next micro-batch needs no plan, as some that follow: of short steps, even asking for one takes a few percent."""
-        if not self._rest and self.method is not None and self.refused is None and not self.method.learns:
-            self._rest = PERIOD if self.controller.rests(self.rules) else 0
+        if not self._rest and self.method is not None and not self.method.learns:
+            if self.controller.rests(self.rules):
+                self._rest, self.controller = PERIOD, self.controller.rested(PERIOD)
         return self._rest > 0
 
-    def rested(self, examples: int) -> None:
+    def rested(self, step: int, examples: int) -> None:
         """Count a micro-batch that had no plan, also one whose optimizer step is skipped."""
+        self._advance(step)
         self._latest = []
         self._count("exact", examples, 0)
-        self._rest, self._rested = self._rest - 1, self._rested + 1
-        if not self._rest:
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """The controller learns of micro-batches that had no plan."""
-        self.controller, self._rested, self._rest = self.controller.rested(self._rested), 0, 0
+        self._rest -= 1
 
     def splices(self, plan: StepPlan) -> bool:
         """Whether the model is run in another way than ``Trainer`` does."""
-        return self.method is not None and self.refused is None and (not plan.plain or self.method.learns_from(plan))
+        if (method := self.method) is None:
+            return False
+        # Until it is ready, from every exact step, then from some: the others are for timing.
+        return not plan.plain or (method.learns and (not method.ready or plan.seed % _LEARNT == 0))
 
     @contextmanager
     def step(self, plan: StepPlan, examples: int, size: float) -> Iterator[None]:
@@ -164,13 +177,13 @@ class Session:
         with ExitStack() as exits:
             if self.method is not None and self.splices(plan):
                 exits.enter_context(self.method.splice(plan, spreads.append))
-            began = mark(self.device)
+            began = None if self.method is None else mark(self.device)
             yield
-            lap = Lap(began, mark(self.device))
+            lap = None if self.method is None else Lap(began, mark(self.device))
         exact = control_size(examples, plan.fraction)
         self._latest.append(("predicted" if exact < examples else "exact", exact, examples - exact))
         self._count(*self._latest[-1])
-        if self.method is not None and self.refused is None:
+        if lap is not None:
             kind = replace(plan, seed=0)
             self._entries = max(self._entries, size)
             whole = 2 * examples > self.controller.size or 2.0 * size > self._entries
@@ -249,7 +262,7 @@ class Session:
 
     def figures(self) -> dict[str, float]:
         """What to log, by name: the fraction alone while nothing is predicted."""
-        if self.method is None or self.refused is not None:
+        if self.method is None:
             return {"fraction": 1.0}
         controller, fixed = self.controller, self.settings.control_fraction
         fraction = fixed or controller.fraction
@@ -259,7 +272,7 @@ class Session:
                 figures["variance_explained"] = 1.0 - controller.residual_share
                 figures["variance"] = controller.variance(fraction)
             plain = controller.times.seconds(StepPlan())
-            own = controller.times.seconds(StepPlan(fraction, first_row=self.rules.first_row, rows=controller.rows))
+            own = controller.times.seconds(StepPlan(fraction, rows=controller.rows))
             if plain and own:
                 figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
         return {name: round(value, 6) for name, value in figures.items()}
@@ -278,7 +291,7 @@ class Session:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""
-        self._catch_up()
+        self.controller, self._rest = self.controller.rested(-self._rest), 0  # the next run may have no rest
         self._absorb_staged()
         if readings := self._waiting + self._readings:
             self._absorb(readings, mean_over_processes(self._numbers(readings)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
 PREDICTORS = ("auto", "rows", "linear")
-Kernel = Literal["linear", "rbf"]
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+KERNELS = ("linear", "rbf")
 
-_ROWS, _DOUBLINGS = 2, 2
+_ROWS = 2
+DOUBLINGS = 2
+"""How often the number of rows that are followed may be doubled, where none was asked for."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LGPSettings:
     seed: int = 0
     window: int = 2048
     rank: int = 16
-    kernel: Kernel = "rbf"
+    kernel: str = "rbf"
     ridge: float = 0.03
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class LGPSettings:
     @property
     def doublings(self) -> int:
         """How often both may be doubled."""
-        return _DOUBLINGS if self.groups is None and self.single_rows is None else 0
+        return DOUBLINGS if self.groups is None and self.single_rows is None else 0
 
     @classmethod
     def from_arguments(cls, arguments: object) -> LGPSettings:

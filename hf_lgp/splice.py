@@ -66,7 +66,9 @@ def no_gradient_taken() -> Iterator[None]:
     """
 
     def refuse(ctx: Any, *deltas: Tensor | None) -> Any:
-        raise SpliceError("its loss is made of gradients")
+        error = SpliceError("its loss is made of gradients")
+        error.in_backward = True
+        raise error
 
     with patch.object(Spliced, "backward", refuse):
         yield

@@ -7,10 +7,9 @@ the model is as it was.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -31,6 +30,7 @@ from .rows.parts import (
     heard,
     module_by_module,
     parts_of,
+    refuse_listeners,
     refuse_reuse,
 )
 from .rows.walk import HowToWalk
@@ -50,10 +50,6 @@ class Stack:
     parts: tuple[BlockParts, ...]
     unbatched: frozenset[int | str] = frozenset()
     first_row_only: bool = False
-
-    def on_all(self) -> Stack:
-        """The same with attention modules that are given all rows in the walk."""
-        return replace(self, parts=tuple(replace(part, on_few=False) for part in self.parts))
 
     def predicted_parts(self, first_row: bool) -> tuple[BlockParts, ...]:
         """The blocks whose gradients are predicted: all, or all but the last where that is run on the first row."""
@@ -137,8 +133,8 @@ def spliced(
     """A context in which a model's stacks follow a plan.
 
     Raises:
-        SpliceError: In the model's forward, if it uses a stack in another way than one block after the other; at the end, if a
-            gradient arrived where a hook may have taken something out of a block.
+        SpliceError: In the model's forward, if it uses a stack in another way than one block after the other, or if somebody listens in it; at the end, if a
+            gradient arrived where the loss may have taken something out of a block.
     """
     if plan.plain:
         yield
@@ -152,7 +148,7 @@ def spliced(
     ]
     with module_by_module(), forward_replaced(*replaced):
         yield
-    if any((t := ref()) is not None and t.grad is not None for each in runs for ref in each.inner):
+    if any(t.grad is not None for each in runs for t in each.inner):
         error = SpliceError("its loss reads something from inside its blocks")
         error.in_backward = True
         raise error
@@ -170,7 +166,7 @@ class _Runs:
         self.rest = how, observed
         self.plan, self.numbers = plan, numbers
         self.call: Call | None = None
-        self.inner: list[weakref.ref[Tensor]] = []
+        self.inner: list[Tensor] = []  # kept, as nothing else may be left of what the loss read
 
     def block(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -179,6 +175,8 @@ class _Runs:
             hidden = kwargs.pop(next(iter(kwargs)))
         if i == 0:
             self.call = None
+            if torch.is_grad_enabled():
+                refuse_listeners(*(part.block for part in self.stack.parts))
         if not torch.is_grad_enabled() or (i >= len(self.predicted) and not isinstance(hidden, Sealed)):
             if torch.is_grad_enabled() and self.first_row and i == len(self.stack.parts) - 1:
                 return self._first_row(hidden, args, kwargs)
@@ -188,7 +186,7 @@ class _Runs:
         if i == 0 and isinstance(hidden, Tensor) and hidden.dim() == 3 and not isinstance(hidden, Sealed):
             self.call = Call(self.predicted, self.stack.unbatched, self.plan, next(self.numbers), hidden, *self.rest)
         call = self.call
-        if call is None or call.done != i or (i > 0 and hidden is not call.sealed):
+        if call is None or len(call.notes) != i or (i > 0 and hidden is not call.sealed):
             raise SpliceError("its blocks do not run one after the other, each once")
         rest = call.block(forward, args, kwargs)
         out: Tensor = call.sealed

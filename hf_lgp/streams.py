@@ -75,7 +75,7 @@ class ControlStream(Stream):
     def __init__(self, examples: slice, rows: Tensor, how: HowToWalk, groups: int) -> None:
         super().__init__(examples, rows, how)
         self.groups = groups
-        self._graphs: list[tuple[Tensor, dict[int, Tensor], Tensor]] = []  # rows in, leaves, rows out
+        self.graphs: list[tuple[Tensor, dict[int, Tensor], Tensor]] = []  # rows in, leaves, rows out
 
     def block(
         self, part: BlockParts, forward: Forward, notes: BlockNotes, leaves: Leaves, needs_input: bool
@@ -96,18 +96,13 @@ class ControlStream(Stream):
             rest = rests[0]
         else:
             out, rest, noted = self._run("control", part, forward, notes, leaves, entered)
-        self._graphs.append((entered, {id(p): leaves[id(p)] for p in part.block.parameters() if p.requires_grad}, out))
+        self.graphs.append((entered, {id(p): leaves[id(p)] for p in part.block.parameters() if p.requires_grad}, out))
         self.rows = out.detach()
         return rest, noted
 
-    @property
-    def inner(self) -> list[Tensor]:
-        """What its graphs begin with: rows and leaves."""
-        return [t for entered, leaves, _ in self._graphs for t in (entered, *leaves.values())]
-
     def pull(self, delta: Tensor) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """One block back, from the last: gradients of the rows that entered it and of leaves, given that of its output."""
-        entered, leaves, out = self._graphs.pop()
+        entered, leaves, out = self.graphs.pop()
         wanted = [entered] * entered.requires_grad + list(leaves.values())
         found: list[Tensor | None] = [None] * len(wanted)
         if out.requires_grad:

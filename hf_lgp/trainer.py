@@ -8,18 +8,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils.dataclasses import DynamoBackend
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from .attention_interface import intercepted_attention
-from .batches import entries_of, examples_of, few_of, versions_of
+from .batches import changed, entries_of, examples_of, few_of, versions_of
 from .compatibility import refuse_incompatible
 from .control.exchange import holds_everywhere
 from .methods import LinearMethod, Method, row_walk
 from .renamed_weights import restore_renamed_weights
-from .report.log_lines import library_logger, postfix, readings, summary
+from .report.log_lines import library_logger, postfix, summary
 from .report.model_card import extend_card
 from .rows.compiled import Compiled
 from .rows.leaves import Run, run_eagerly
@@ -36,6 +37,17 @@ from .verify import evaluating, out_of_memory, unchanged, unrandom, without_grad
 logger = library_logger()
 
 _CHECKED = 4  # examples that the check of a model takes
+# What running a model in parts may raise; others, such as that a machine is taken away, are nobody's fault.
+_CAUSED = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 class LGPTrainer(Trainer):
@@ -60,6 +72,7 @@ class LGPTrainer(Trainer):
         self._lgp_loading: str | None = None
         self._lgp_exhausted = False  # whether memory ran out in the check of the model: it may be worth a smaller batch
         self._lgp_writes = True  # whether losses may change their batch in place
+        self._lgp_told = True  # whether batches have as many examples as when they are prepared
         self._lgp_restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(RunCallback(self._lgp_begin_run))
@@ -77,14 +90,23 @@ class LGPTrainer(Trainer):
         return self.model
 
     @property
+    def _lgp_compiles(self) -> bool:
+        """Whether the model is compiled, be it that the launcher asks for it."""
+        return self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+    @property
     def _lgp_steps(self) -> dict[str, int]:
         return {"exact": 0, "predicted": 0} if self._lgp is None else self._lgp.steps
+
+    def _lgp_count(self, inputs: Any) -> int:
+        """Number of examples; where they are made a batch only by ``_prepare_inputs``, that of the one that was checked."""
+        return examples_of(inputs) if self._lgp_told or self._lgp is None else self._lgp.controller.size
 
     def _lgp_begin_run(self) -> None:
         """Every training loop passes here: of a search, of a second run, with a smaller batch."""
         self._lgp_validate()  # searches change arguments without constructing them anew
         settings, restored = self._lgp_settings, self._lgp_restored
-        self._lgp, self._lgp_restored, self._lgp_writes = None, None, True
+        self._lgp, self._lgp_restored, self._lgp_writes, self._lgp_told = None, None, True, True
         if settings.control_fraction >= 1.0:
             return
         steps = self.state.max_steps * self.args.gradient_accumulation_steps
@@ -111,7 +133,7 @@ class LGPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         if session.rests():
             loss = super().training_step(model, inputs, num_items_in_batch)
-            session.rested(examples_of(inputs))
+            session.rested(self.state.global_step, self._lgp_count(inputs))
             return loss
         if session.method is None:
             trained = sum(p.requires_grad for p in self._lgp_model.parameters())
@@ -119,32 +141,26 @@ class LGPTrainer(Trainer):
                 with unrandom():
                     batch = self._prepare_inputs(few_of(inputs, examples_of(inputs)))
                 if holds_everywhere(examples_of(batch) >= 2, self.args.device):  # all processes check at the same time
+                    self._lgp_told = examples_of(batch) == examples_of(inputs)
                     self._lgp_begin(session, batch, num_items_in_batch, trained)
         skipped = self.accelerator.optimizer_step_was_skipped
         plan = session.plan(self.state.global_step, self.args.gradient_accumulation_steps, skipped)
-        # What is made a batch only by `_prepare_inputs` is taken to be as large as the one that was checked.
-        examples, size, spliced = (
-            examples_of(inputs) or session.controller.size,
-            entries_of(inputs),
-            session.splices(plan),
-        )
-        versions, kept = versions_of(inputs), few_of(inputs, examples) if spliced and self._lgp_writes else None
+        examples, size, spliced = self._lgp_count(inputs), entries_of(inputs), session.splices(plan)
+        before, kept = versions_of(inputs), few_of(inputs, examples) if spliced and self._lgp_writes else None
         # Compiled code would not see the splice.
-        eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile and spliced else nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if self._lgp_compiles and spliced else nullcontext()
         failed: str | None = None
         try:
             with eager, session.step(plan, examples, float(size)):
                 loss = super().training_step(model, inputs, num_items_in_batch)
-        except (
-            Exception
-        ) as error:  # also of another kind, which the splice may have caused: then an exact step goes well
-            foreseen = isinstance(error, SpliceError)
-            lost = kept is None and versions != versions_of(inputs)  # the batch was changed in place
+        except _CAUSED as error:  # also another than foreseen: then an exact step goes well
+            foreseen, memory = isinstance(error, SpliceError), out_of_memory(error)
+            if not spliced or (memory and (self._lgp_settings.demanded or self.args.auto_find_batch_size)):
+                raise
             failed = f"{error}" if foreseen else f"running it in parts raises {type(error).__name__}: {error}"
             begun = not isinstance(error, SpliceError) or error.in_backward
             midway = begun and not session.first_of_step  # of an accumulated step
-            if not spliced or out_of_memory(error):
-                raise
+            lost = kept is None and changed(before, inputs)
             if self.args.world_size > 1 or lost or midway:  # other processes would wait for this one
                 if not foreseen:
                     raise
@@ -152,14 +168,17 @@ class LGPTrainer(Trainer):
                     f"Predictions failed where the step could not be taken again: {failed}. Use `lgp_control_fraction=1` to train exactly."
                 ) from error
         if failed is not None:  # the error would keep what the step held
-            session.refused = failed
-            if session.first_of_step:
-                model.zero_grad()  # the backward may have begun
+            session.refuse(failed)
+            if session.first_of_step:  # the backward may have begun
+                groups = [] if self.optimizer is None else self.optimizer.param_groups
+                of_optimizer = (p for group in groups for p in group["params"])
+                for p in (*model.parameters(), *of_optimizer):
+                    p.grad = None
             inputs = inputs if kept is None else kept
             loss = LGPTrainer.training_step(self, model, inputs, num_items_in_batch)  # not a subclass's once more
             logger.warning(f"From step {self.state.global_step} on, LGPTrainer trains this model exactly: {failed}.")
             return loss
-        self._lgp_writes = versions != versions_of(inputs) if spliced else self._lgp_writes
+        self._lgp_writes = changed(before, inputs) if spliced else self._lgp_writes
         # A forward pass is a third of a step by operation count.
         self._lgp_cost = plan.fraction + (1.0 - plan.fraction) / 3.0
         return loss
@@ -183,8 +202,7 @@ class LGPTrainer(Trainer):
         def works(count: int) -> bool:
             try:
                 with torch.no_grad(), unrandom(), evaluating(model):
-                    loss(count)
-                return True
+                    return bool(loss(count).isfinite().all())
             except Exception as error:
                 if should_reduce_batch_size(error):
                     raise
@@ -193,7 +211,8 @@ class LGPTrainer(Trainer):
         method: Method | None = None
         reason: str | None = None
         needed = True
-        half = self.args.bf16 or self.args.fp16 or any(p.dtype.itemsize < 4 for p in model.parameters())
+        # A launcher may set it up, too.
+        half = self.accelerator.mixed_precision != "no" or any(p.dtype.itemsize < 4 for p in model.parameters())
         try:
             if settings.predictor == "linear":
                 method = LinearMethod(model, settings)
@@ -202,7 +221,7 @@ class LGPTrainer(Trainer):
                 # Some losses want a whole batch.
                 budget = RowBudget(*settings.rows)
                 backend = self.args.torch_compile_backend, self.args.torch_compile_mode
-                run: Run = Compiled(*backend) if self.args.torch_compile else run_eagerly
+                run: Run = Compiled(*backend) if self._lgp_compiles else run_eagerly
                 with unchanged(model), without_gradients(model), patch.object(self, "log", lambda *_, **__: None):
                     count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                     method = row_walk(model, loss, count, budget, intercepted_attention, half, run)
@@ -230,12 +249,13 @@ class LGPTrainer(Trainer):
         session, ended = self._lgp, "train_runtime" in logs
         if session is not None and ("loss" in logs or ended):
             figures, shares = session.figures(), session.shares() if ended else {}
-            logs.update(readings(figures | shares))
+            # Trackers group what is logged by the part of its name before the slash.
+            logs.update({f"lgp/{name}": value for name, value in (figures | shares).items()})
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.set_postfix_str(postfix(figures), refresh=False)
             if ended and self.is_world_process_zero():
-                logger.info(summary(shares, logs["train_runtime"], session.saved, session.refused))
+                logger.info(summary(shares, logs["train_runtime"], session.saved, session.reason))
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -266,7 +286,8 @@ class LGPTrainer(Trainer):
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        skipped, folder = load_result.missing_keys, self._lgp_loading
+        folder, tied = self._lgp_loading, getattr(self.model, "all_tied_weights_keys", {})  # these have other names
+        skipped = [name for name in load_result.missing_keys if name not in tied]
         if not (skipped and folder is not None and restore_renamed_weights(self.model, folder, skipped)):
             super()._issue_warnings_after_load(load_result)
 

@@ -64,25 +64,23 @@ def verified(
         pairs = ([torch.zeros(()) if g is None else g for g in pair] for pair in zip(gradients, expected, strict=True))
         return all(float((a - b).norm()) <= times * allowed * max(float(b.norm()), least * largest) for a, b in pairs)
 
-    def difference(own: _Ran, plain: _Ran, times: float = 1.0) -> str | None:
+    def difference(stacks: Sequence[Stack], plan: StepPlan, plain: _Ran, times: float = 1.0) -> str | None:
+        """How the spliced model differs, None if it does not."""
+        try:
+            own = run(stacks, plan)
+        except UnknownBlock as error:
+            return str(error)
         if not _close(own.loss, plain.loss, allowed):
             return "its loss is another one when its blocks are run by themselves"
         if not alike(own.gradients, plain.gradients, times):
             return "its gradient is another one when its blocks are run by themselves"
         return None
 
-    def same(stacks: Sequence[Stack], plan: StepPlan, plain: _Ran, times: float = 1.0) -> str | None:
-        """How the spliced model differs, None if it does not."""
-        try:
-            return difference(run(stacks, plan), plain, times)
-        except UnknownBlock as error:
-            return str(error)
-
     all_control, by_group = StepPlan(all_control=True), StepPlan(measure=2, first_row=True)
     with evaluating(model):
         plain = run((), all_control)
         stacks = [replace(stack, first_row_only=False) for stack in stacks]
-        if (reason := difference(run(stacks, all_control), plain)) is not None:
+        if (reason := difference(stacks, all_control, plain)) is not None:
             raise UnknownBlock(reason)
         whole, split = (run(stacks, plan, cut=True) for plan in (all_control, StepPlan(0.5)))
         # A new head may be zero: then its loss tells nothing of what it reads, but its gradient does.
@@ -92,25 +90,23 @@ def verified(
             )
         for k, stack in enumerate(stacks):
             trial = [*stacks[:k], replace(stack, first_row_only=True), *stacks[k + 1 :]]
-            # What such a dropout does to other rows, the first cannot know, and who listens expects all rows.
-            for_all = stack.parts[-1].before or _listened_to(stack.parts[-1].block)
-            if not for_all and same(trial, replace(all_control, first_row=True), plain) is None:
+            # What a dropout before attention does to other rows, the first cannot know.
+            if not stack.parts[-1].before and difference(trial, replace(all_control, first_row=True), plain) is None:
                 stacks = trial
-        predicted = run(stacks, StepPlan(0.5, first_row=True)).gradients
-        if not all(bool(g.isfinite().all()) for g in predicted if g is not None):
-            raise UnknownBlock("the predicted gradients of its blocks are not finite")
-        vectorized = same(stacks, by_group, plain, 4.0) is None  # `torch.vmap` has many ways to refuse
+        vectorized = difference(stacks, by_group, plain, 4.0) is None  # `torch.vmap` has many ways to refuse
         model.train()  # some do what they do not do in evaluation; with one stream, random numbers are drawn as by the model
         blocks = [part.block for stack in stacks for part in stack.parts]
         with unchanged(*blocks, put_back=True) as moved:
             with unchanged(model):
                 plain = run((), all_control)
             with unchanged(model):
-                reason = same(stacks, all_control, plain)
+                reason = difference(stacks, all_control, plain)
             # Some models never do the same twice, such as those with a random stream of their own.
             if reason is not None and _close(run((), all_control).loss, plain.loss, allowed):
                 raise UnknownBlock(reason)
-            run(stacks, StepPlan(0.5, first_row=True))
+            predicted = run(stacks, StepPlan(0.5, first_row=True)).gradients
+            if not all(bool(g.isfinite().all()) for g in predicted if g is not None):
+                raise UnknownBlock("the predicted gradients of its blocks are not finite")
             try:
                 run(stacks, by_group) if vectorized else None
             except UnknownBlock:
@@ -118,12 +114,6 @@ def verified(
         if moved:
             raise UnknownBlock(f"its blocks keep statistics of what passes through them, `{moved[0]}`")
     return tuple(stacks), replace(how, vectorized=vectorized, loud=False)
-
-
-def _listened_to(block: nn.Module) -> bool:
-    """Whether somebody has hooks in a block; those of transformers, which stay where they were once used, listen only when asked to."""
-    hooks = (h for m in block.modules() for each in (m._forward_hooks, m._forward_pre_hooks) for h in each.values())
-    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def _nothing(ctx: Any, *deltas: Tensor | None) -> tuple[None, ...]:
@@ -204,23 +194,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unrandom() -> Iterator[None]:
     """A context with the same random numbers at every entry, which leaves all streams as they were."""
-    others = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    accelerator = None if devices or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    other = None if accelerator is None else torch.get_device_module(accelerator)
-    state = None if other is None else other.get_rng_state()
-    with torch.random.fork_rng(devices=devices):
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    module = None if accelerator is None else torch.get_device_module(accelerator)
+    before = random.getstate(), np.random.get_state(), None if module is None else module.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        if devices:
-            torch.cuda.manual_seed(0)
-        if other is not None:
-            other.manual_seed(0)
+        if module is not None:
+            module.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
         try:
             yield
         finally:
-            if other is not None:
-                other.set_rng_state(state)
-            random.setstate(others[0])
-            np.random.set_state(others[1])
+            if module is not None:
+                module.set_rng_state(before[2])
+            random.setstate(before[0])
+            np.random.set_state(before[1])

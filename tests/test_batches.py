@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from hf_lgp.batches import entries_of, examples_of, few_of, versions_of
+from hf_lgp.batches import changed, entries_of, examples_of, few_of, versions_of
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,33 @@ def test_what_is_changed_in_place_is_noticed() -> None:
         untold = torch.ones(2)
     batch = {"a": torch.ones(2), "b": untold}
     before = versions_of(batch)
-    assert versions_of(batch) == before and before[1] is None
+    assert not changed(before, batch) and before[1] == (untold, None)
     batch["a"].mul_(2)
-    assert versions_of(batch) != before
+    assert changed(before, batch)
+
+
+@pytest.mark.parametrize("change", [lambda b: b.update(a=torch.ones(2)), lambda b: b.pop("a")])
+def test_what_stands_in_another_s_place_is_noticed(change: Any) -> None:
+    batch = {"a": torch.ones(2), "b": torch.ones(2)}
+    before = versions_of(batch)
+    change(batch)
+    assert changed(before, batch)
+
+
+def test_copies_hold_whatever_else_a_batch_holds() -> None:
+    class Named(dict):  # type: ignore[type-arg]
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    batch = Named("first")
+    batch["a"] = torch.ones(3)
+    few = few_of(batch, 2)
+    assert type(few) is Named and few.name == "first" and len(few["a"]) == 2 and len(batch["a"]) == 3
+    encoded = few_of(BatchEncoding({"input_ids": torch.ones(3, 2)}, encoding=[]), 2)
+    assert encoded.encodings == [] and len(encoded.input_ids) == 2
+
+
+def test_nested_tensors_are_copied_whole() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    assert few_of({"rows": nested}, 2)["rows"].is_nested

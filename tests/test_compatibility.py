@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils.dataclasses import DistributedType
 from accelerate.utils.other import is_compiled_module
 from tiny import TinyImages, tiny_vit
@@ -15,8 +16,10 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_lgp.compatibility
+import hf_lgp.trainer
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.compatibility import refuse_incompatible
+from hf_lgp.rows.parts import UnknownBlock
 
 
 def arguments(folder: Path, **settings: Any) -> LGPTrainingArguments:
@@ -154,6 +157,42 @@ def test_the_check_of_a_model_leaves_its_statistics_alone(tmp_path: Path) -> Non
 def test_fraction_one_trains_what_predictions_refuse(tmp_path: Path) -> None:
     settings = arguments(tmp_path, lgp_control_fraction=1.0, max_steps=2, disable_tqdm=True)
     LGPTrainer(resnet(), settings, train_dataset=TinyImages(8, dtype=torch.float32, labels=2)).train()
+
+
+@pytest.mark.parametrize("asked", ["ACCELERATE_DYNAMO_BACKEND", None])
+def test_a_launcher_may_ask_for_compilation(asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if asked:
+        monkeypatch.setenv(asked, "EAGER")
+    assert LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path))._lgp_compiles == bool(asked)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_model_that_is_compiled_in_place_is_refused(tmp_path: Path) -> None:
+    model = tiny_vit(torch.float32)
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="torch_compile=True"):
+        LGPTrainer(model, arguments(tmp_path))
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_half_precision_that_a_launcher_asks_for_is_checked_as_such(
+    launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves: list[bool] = []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+
+    def walk(*args: Any) -> Any:
+        halves.append(args[5])
+        raise UnknownBlock("enough")
+
+    monkeypatch.setattr(hf_lgp.trainer, "row_walk", walk)
+    data = TinyImages(8, dtype=torch.float32)
+    LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path, max_steps=1), train_dataset=data).train()
+    assert halves == [launched]
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_already_compiled_model_is_refused(tmp_path: Path) -> None:

@@ -9,16 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lgp.estimator import (
-    FRACTIONS,
-    best_fraction,
-    control_scale,
-    control_size,
-    control_weights,
-    price,
-    relative_variance,
-    spread,
-)
+from hf_lgp.estimator import control_size, control_weights, price, relative_variance, spread
 
 
 @given(examples=st.integers(1, 50), fraction=st.floats(0.01, 1.0))
@@ -41,7 +32,7 @@ def test_over_all_draws_predictions_cancel_and_exact_gradients_count_once(exampl
     for draw in draws:
         order = [*draw, *(i for i in range(examples) if i not in draw)]
         of_predictions[order] += weights / len(draws)
-        of_exact[list(draw)] += control_scale(examples, controls) / len(draws)
+        of_exact[list(draw)] += examples / controls / len(draws)
     torch.testing.assert_close(of_predictions, torch.zeros_like(of_predictions), atol=1e-12, rtol=0.0)
     torch.testing.assert_close(of_exact, torch.ones_like(of_exact))
 
@@ -53,21 +44,15 @@ def test_variance_is_what_a_simulation_has() -> None:
     predicted = torch.randn(count, m, generator=draw) * (1 - share) ** 0.5
     residual = torch.randn(count, m, generator=draw) * share**0.5
     gradient = predicted + residual
-    scale = control_scale(m, controls)
-    estimate = scale * gradient[:, :controls].sum(1) + predicted @ control_weights(
+    estimate = m / controls * gradient[:, :controls].sum(1) + predicted @ control_weights(
         m, controls, torch.float32, torch.device("cpu")
     )
     found = float(estimate.var() / gradient.sum(1).var())
     assert found == pytest.approx(relative_variance(fraction, share), rel=0.03)
 
 
-def test_the_best_fraction_has_the_least_price_within_the_budget() -> None:
-    costs = {f: f + (1 - f) * 0.4 for f in FRACTIONS}
-    assert best_fraction(costs, 0.0, 1.1) == min(FRACTIONS)
-    assert best_fraction(costs, 0.02, 1.1) == 0.25
-    assert best_fraction(costs, 0.9, 10.0) == 1.0, "nothing pays"
-    assert best_fraction(costs, 0.02, 1.0) == 1.0, "nothing is allowed"
-    assert price(0.25, 0.02, costs[0.25]) == pytest.approx(1.06 * 0.55)
+def test_the_price_is_variance_times_cost() -> None:
+    assert price(0.25, 0.02, 0.55) == pytest.approx(1.06 * 0.55)
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), min_size=3, max_size=3), min_size=2, max_size=6))

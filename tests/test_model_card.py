@@ -15,8 +15,7 @@ from tiny import tiny_vit
 from transformers import Trainer, TrainingArguments
 
 from hf_lgp import LGPTrainer, LGPTrainingArguments
-from hf_lgp.report.card_section import section
-from hf_lgp.report.model_card import extend_card
+from hf_lgp.report.model_card import extend_card, section
 from hf_lgp.settings import LGPSettings
 
 LAST = {"lgp/variance": 1.3, "lgp/step_time": 0.6, "lgp/seconds_saved": 100.0}

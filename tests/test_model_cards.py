@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lgp.report.card_section import number
-
 FOLDER = Path(__file__).parents[1] / "model_cards"
 sys.path.insert(0, str(FOLDER))
 CARDS = sorted(path.parent.name for path in FOLDER.glob("*/README.md"))
@@ -64,7 +62,7 @@ def test_the_section_tells_the_run_in_the_log(name: str) -> None:
     assert ("every gradient was exact" if exact else f"{readings[-1]['lgp/fraction']:.4g} in") in text
     explained = [entry["lgp/variance_explained"] for entry in readings if "lgp/variance_explained" in entry]
     if explained:
-        assert f"{number(explained[-1])} at the end" in text
+        assert f"{explained[-1]:.3g} at the end" in text
     assert ("](lgp.png)" in text) == (FOLDER / name / "lgp.png").is_file()
 
 

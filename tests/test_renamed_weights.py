@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import CLASS_TOKEN_FAMILIES, TinyImages, tiny_classifier, tiny_swin
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+import hf_lgp.trainer
 from hf_lgp import LGPTrainer, LGPTrainingArguments
 from hf_lgp.renamed_weights import restore_renamed_weights
 
@@ -86,6 +87,15 @@ def test_a_checkpoint_is_loaded_as_far_as_upstream_can_where_the_class_cannot_lo
         assert_same(model, expected)
     else:
         assert "missing keys" in caplog.text
+
+
+def test_weights_that_are_tied_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(hf_lgp.trainer, "restore_renamed_weights", lambda *_: pytest.fail("it is loaded again"))
+    args = LGPTrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    LGPTrainer(moved(model), args)._load_from_checkpoint(str(tmp_path))
 
 
 class Best(TrainerCallback):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hf_lgp.session
 from hf_lgp.control.controller import Controller
 from hf_lgp.control.measurement import GroupSpread
 from hf_lgp.control.plan import StepPlan
@@ -29,9 +30,6 @@ class Noted:
         self.plans: list[StepPlan] = []
         self.loaded: Mapping[str, Tensor] = {}
 
-    def learns_from(self, plan: StepPlan) -> bool:
-        return False
-
     @contextmanager
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> Iterator[None]:
         self.plans.append(plan)
@@ -47,7 +45,14 @@ class Noted:
 
 
 def session_of(**settings: Any) -> tuple[Session, Noted]:
-    session, method = Session(LGPSettings(**{"exact_steps": 4, **settings}), steps=400, device=CPU), Noted()
+    session, method = (
+        Session(
+            LGPSettings(**{"exact_steps": 0 if "control_fraction" in settings else 4, **settings}),
+            steps=400,
+            device=CPU,
+        ),
+        Noted(),
+    )
     assert session.use(method, None, 0, 16) is None
     return session, method
 
@@ -237,11 +242,43 @@ def test_a_run_that_rests_counts_its_steps_and_asks_for_no_plan() -> None:
     session, method = session_of()
     session.controller = Controller(seen=16, look_at=200)
     while session.rests():
-        session.rested(16)
+        session.rested(session.steps["exact"], 16)
     assert session.controller.seen == 200 - 16 and method.plans == []
     assert session.steps["exact"] == 200 - 32 and session.examples["exact"] == 16 * (200 - 32)
-    session.refused = "a reason"
+    session.refuse("a reason")
     assert not session.rests()
+
+
+def test_a_rest_that_ends_within_an_optimizer_step_counts_its_micro_batches() -> None:
+    session, _ = session_of()
+    session.controller = Controller(seen=16, look_at=200)
+    for micro_batch in range(8):
+        assert session.rests()
+        session.rested(micro_batch // 3, 16)
+    session.plan(2, 3)
+    assert not session.first_of_step
+
+
+def test_a_method_that_is_refused_is_let_go_and_checked_again_with_other_parameters_only() -> None:
+    session, _ = session_of()
+    session.refuse("it fails")
+    assert session.method is None and session.refused == session.reason == "it fails"
+    assert "window" not in session.state_dict()[0]
+    seen = [session.unchecked(trained) for trained in (0, 5, 0, 5)]
+    assert seen == [False, True, False, True]
+    session.use(None, "it fails", 5, 16)
+    assert not any(session.unchecked(trained) for trained in (0, 5, 0, 5))
+
+
+def test_a_run_whose_batches_never_came_says_so() -> None:
+    assert "no batch of two examples" in str(Session(LGPSettings(), 400, CPU).reason)
+
+
+def test_nothing_is_timed_where_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(LGPSettings(), 400, CPU)
+    session.use(None, "it has no blocks", 0, 16)
+    monkeypatch.setattr(hf_lgp.session, "mark", lambda _: pytest.fail("the device is waited for"))
+    run(session, 0, 3)
 
 
 def test_nothing_is_measured_before_the_method_is_ready() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from ..estimator import FRACTIONS, control_size, price, relative_variance
@@ -81,18 +82,9 @@ class Controller:
         """How often that was measured."""
         return self.residuals[self.rows].count
 
-    def cost(self, fraction: float, rows: int | None = None) -> float:
-        """Time of a step with predictions over that of the cheaper exact step."""
-        return self.times.cost(fraction, self.rows if rows is None else rows, len(self.residuals) - 1)
-
-    def price(self, fraction: float, rows: int | None = None) -> float:
-        """Price of a fraction relative to the cheaper exact step."""
-        rows = self.rows if rows is None else rows
-        return 1.0 if fraction >= 1.0 else price(fraction, self.residuals[rows].share, self.cost(fraction, rows))
-
-    def variance(self, fraction: float, rows: int | None = None) -> float:
+    def variance(self, fraction: float) -> float:
         """Relative variance of the gradient at a fraction."""
-        return relative_variance(fraction, self.residuals[self.rows if rows is None else rows].share)
+        return relative_variance(fraction, self.residual_share)
 
     def allows(self, rules: Rules, fraction: float, rows: int) -> bool:
         """Whether the budget allows a fraction. Few measurements may have missed the examples that are predicted worst: the residual of one counts twice."""
@@ -103,6 +95,8 @@ class Controller:
         """The plan of the next micro-batch, without the seed of its draw: the same in every process, whatever its examples."""
         fraction = rules.fraction or self.fraction
         groups = GROUPS if control_size(self.size, fraction) >= 2 else 0
+        if rules.fraction and step < rules.exact_steps:
+            return StepPlan()
         if rules.fraction:
             due = self.seen % (4 * MEASURE_EVERY) == MEASURE_EVERY and fraction < 1.0  # nothing is decided by it
             return StepPlan(fraction, groups * due, rules.first_row)
@@ -129,9 +123,7 @@ class Controller:
         if not groups or left > _MEASUREMENTS + 2 * PERIOD or self.seen < self.look_at:
             return ordinary
         left_before_decision = PERIOD - self.seen % PERIOD
-        # Before anything is known, in the kind of step that is likely to be followed.
-        first_row = self.times.first_row if self.times.latest else rules.first_row
-        rehearsal = replace(REHEARSAL, first_row=first_row)
+        rehearsal = replace(REHEARSAL, first_row=rules.first_row)
         if not self._rehearsed:
             since = self.seen - self.rehearsed_at if self.rehearsed_at else math.inf
             if since == 1 and not self.measurements:  # to see what that costs and whether it promises something
@@ -169,7 +161,7 @@ class Controller:
     def _promises(self, rules: Rules, share: float) -> bool:
         """Whether predictions would pay with such a share."""
         allowed = (f for f in FRACTIONS if relative_variance(f, share) <= rules.budget)
-        return any(price(f, share, self.cost(f)) < _MARGIN for f in allowed)
+        return any(price(f, share, self.times.cost(f, self.rows)) < _MARGIN for f in allowed)
 
     def _dear(self, measurements: int, steps: int) -> bool:
         """Whether so many measurements would take too much of what the run has taken, or of its steps in all."""
@@ -179,12 +171,12 @@ class Controller:
     @property
     def _hopeless(self) -> bool:
         """Whether even perfect predictions would save too little."""
-        return min(self.cost(fraction, 0) for fraction in FRACTIONS) > _MARGIN
+        return min(self.times.cost(fraction, 0) for fraction in FRACTIONS) > _MARGIN
 
     @property
     def _rehearsed(self) -> bool:
         """Whether a rehearsal was timed, or two if the first leaves no hope: first times are long."""
-        return self.times.rehearsals >= (2 if self._hopeless else 1)
+        return self.times.count(REHEARSAL) >= (2 if self._hopeless else 1)
 
     def advanced(self, plan: StepPlan) -> Controller:
         """One micro-batch later."""
@@ -196,7 +188,7 @@ class Controller:
         return replace(self, size=max(self.size, round(examples)))
 
     def rested(self, micro_batches: int) -> Controller:
-        """So many plain micro-batches later that were not timed."""
+        """So many plain micro-batches later, or earlier, that are not timed."""
         return replace(self, seen=self.seen + micro_batches)
 
     def timed(self, plan: StepPlan, unit: float, at: int) -> Controller:
@@ -229,9 +221,6 @@ class Controller:
 
     def decided(self, rules: Rules, step: int) -> Controller:
         """With a fraction chosen by what is known now."""
-        if self.times.predicted_first_row != rules.first_row:
-            times = replace(self.times, predicted_first_row=rules.first_row)
-            return replace(self, times=times).decided(rules, step)
         if self.rows > (0 if rules.fraction else rules.doublings):  # a run that goes on with other settings
             return replace(self, rows=0, residuals=self.residuals[:1]).decided(rules, step)
         if self._rehearsed and not self.asked_at and self.seen >= 2 * PERIOD:
@@ -256,20 +245,16 @@ class Controller:
         fresh = (rows for rows, known in enumerate(self.residuals) if known.at >= self.look_at)
         every = tuple(fresh) if self.fraction >= 1.0 else (self.rows,)
         untried = 1.0 / _MARGIN if self.fraction >= 1.0 else 1.0  # from one fraction to another little can go wrong
-        prices = {
-            (f, k): self.price(f, k) * (1.0 if self.times.count(self.times.predicted_plan(f, k)) else untried)
-            for k in every
-            for f in FRACTIONS
-            if self.allows(rules, f, k) and control_size(self.size, f) >= 2
-        }
-        allowed = {f for f, k in prices if k == self.rows}
-        best, rows = min(prices, key=prices.__getitem__, default=(1.0, self.rows))
-        present = self.price(self.fraction) if self.fraction in (*allowed, 1.0) else math.inf
-        if prices.get((best, rows), 1.0) >= 1.0:
-            best = 1.0
-        elif best != self.fraction and prices[best, rows] > _HYSTERESIS * present:
+        prices = {(1.0, self.rows): 1.0}
+        for k, f in product(every, FRACTIONS):
+            if self.allows(rules, f, k) and control_size(self.size, f) >= 2:
+                doubt = 1.0 if self.times.count(StepPlan(f, rows=k)) else untried
+                prices[f, k] = doubt * price(f, self.residuals[k].share, self.times.cost(f, k))
+        best, rows = min(prices, key=prices.__getitem__)  # of equals the first
+        present = prices.get((self.fraction, self.rows), math.inf)
+        if 1.0 > best != self.fraction and prices[best, rows] > _HYSTERESIS * present:
             best, rows = self.fraction, self.rows
-        if best >= 1.0 and self.fraction in allowed and not self.comparing:
+        if best >= 1.0 > self.fraction and present < math.inf and not self.comparing:
             return self._anew()  # the machine may have slowed down since exact steps were timed
         if best >= 1.0:
             return self._waiting(given_up=self.fraction < 1.0)
@@ -281,7 +266,7 @@ class Controller:
     @property
     def _present(self) -> StepPlan:
         """The kind of step that is followed."""
-        return self.times.predicted_plan(self.fraction, self.rows)
+        return StepPlan(self.fraction, rows=self.rows)
 
     def _anew(self) -> Controller:
         """Exact steps are timed in turns with those that are followed."""
@@ -305,7 +290,6 @@ class Controller:
         # Looks end where decisions are made.
         look_at = (self.seen + wait) // PERIOD * PERIOD + PERIOD - _LOOKS
         old = self._hopeless or (not given_up and after >= 8 * _FIRST_LOOK)
-        times = self.times.of_exact_steps() if old else self.times
         return replace(
             self,
             fraction=1.0,
@@ -315,7 +299,7 @@ class Controller:
             look_at=look_at,
             asked_at=look_at,
             look_after=min(_LAST_LOOK, 2 * after),
-            times=times.unrehearsed() if self._hopeless else times,
+            times=self.times.without(*["0."] * old, *["2 groups"] * self._hopeless),
         )
 
     def resumed(self) -> Controller:

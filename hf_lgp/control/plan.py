@@ -50,10 +50,8 @@ def draw_order(examples: int, seed: int, device: torch.device) -> tuple[Tensor, 
     """
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
     both = torch.stack([order, order.argsort()])
-    if device.type == "cuda":
-        both = both.pin_memory().to(device, non_blocking=True)
-    elif device.type != "cpu":
-        both = both.to(device)
+    cuda = device.type == "cuda"
+    both = (both.pin_memory() if cuda else both).to(device, non_blocking=cuda)
     return both[0], both[1]
 
 

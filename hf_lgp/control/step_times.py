@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..estimator import FRACTIONS
+from ..settings import DOUBLINGS
 from .plan import GROUPS, StepPlan
 
 _KEPT = 15  # latest times of each kind of step whose median counts
@@ -23,7 +24,6 @@ class StepTimes:
 
     latest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by kind of step
     first_row: bool = False  # whether exact steps are faster with the last block on one row; compiled ones may not be
-    predicted_first_row: bool = False  # whether steps with predictions run the last block on one row where they can
 
     def count(self, plan: StepPlan) -> int:
         """How many times of a kind of step are known."""
@@ -40,45 +40,28 @@ class StepTimes:
         return StepPlan(first_row=self.first_row)
 
     def as_exact(self, plan: StepPlan) -> float | None:
-        """Time of an exact step that does something besides over one that does not: the least, as it is done rarely and first times are long.
+        """Time of an exact step that does something besides over the cheaper one that does not: the least, as it is done rarely and first times are long.
 
-        None if that was not timed, be it with the last block on all rows or on one.
+        None if that was not timed.
         """
-        for first_row in (self.first_row, not self.first_row):
-            exact, own = self.seconds(StepPlan(first_row=first_row)), replace(plan, first_row=first_row)
-            if exact is not None and self.count(own):
-                return min(self.latest[_kind(own)]) / exact
-        return None
+        exact, own = self.seconds(self.exact_plan), self.latest.get(_kind(plan))
+        return min(own) / exact if own and exact else None
 
-    @property
-    def rehearsals(self) -> int:
-        """How many times of rehearsals are known, be it with the last block on all rows or on one."""
-        return sum(self.count(replace(REHEARSAL, first_row=first_row)) for first_row in (False, True))
-
-    def predicted_plan(self, fraction: float, rows: int) -> StepPlan:
-        """The kind of step with predictions."""
-        return StepPlan(fraction, first_row=self.predicted_first_row, rows=rows)
-
-    def cost(self, fraction: float, rows: int, doublings: int) -> float:
-        """Time of a step with predictions over that of the cheaper exact step: measured, or else estimated.
+    def cost(self, fraction: float, rows: int) -> float:
+        """Time of a step with predictions, whose number of followed rows is doubled so often, over that of the cheaper exact step: measured, or else estimated.
 
         The rehearsal has what does not depend on the number of examples twice, for control examples and walk. What more rows cost is seen in the measurements.
-
-        Args:
-            fraction: The control fraction.
-            rows: How often the number of rows that are followed is doubled.
-            doublings: How often it was at most.
         """
         exact = self.seconds(self.exact_plan)
         if exact is None:
             return 1.0
-        if (own := self.seconds(self.predicted_plan(fraction, rows))) is not None:
+        if (own := self.seconds(StepPlan(fraction, rows=rows))) is not None:
             return own / exact
         tried = [
             (other != rows, abs(math.log(f / fraction)), f, other, t)
-            for other in range(doublings + 1)
+            for other in range(DOUBLINGS + 1)
             for f in FRACTIONS
-            if (t := self.seconds(self.predicted_plan(f, other))) is not None
+            if (t := self.seconds(StepPlan(f, rows=other))) is not None
         ]
         if tried:  # linear in the fraction, exact steps being the other end
             _, _, near, other, time = min(tried)
@@ -105,17 +88,13 @@ class StepTimes:
         kinds = {_kind(plan) for plan in plans} or set(self.latest)
         return replace(self, latest={k: times[-1:] if k in kinds else times for k, times in self.latest.items()})
 
-    def unrehearsed(self) -> StepTimes:
-        """Without those of rehearsals."""
-        kinds = {_kind(replace(REHEARSAL, first_row=first_row)) for first_row in (False, True)}
-        return replace(self, latest={k: times for k, times in self.latest.items() if k not in kinds})
-
-    def of_exact_steps(self) -> StepTimes:
-        """Without those of steps with predictions."""
-        return replace(self, latest={k: times for k, times in self.latest.items() if not k.startswith("0")})
+    def without(self, *signs: str) -> StepTimes:
+        """Without those of steps in whose kind one of these occurs: ``groups``, or ``0.`` as in any fraction."""
+        kept = {kind: times for kind, times in self.latest.items() if not any(sign in kind for sign in signs)}
+        return replace(self, latest=kept)
 
 
 def _kind(plan: StepPlan) -> str:
-    """A kind of step, as a name."""
-    name = f"{plan.fraction:g}{' first row' * plan.first_row}"
+    """A kind of step, as a name; the last block is on one row wherever examples go different ways and it can be."""
+    name = f"{plan.fraction:g}{' first row' * (plan.first_row and not plan.splits)}"
     return f"{name}{f' {plan.measure} groups' * (plan.measure > 0)}{f' {plan.rows} doublings' * (plan.rows > 0)}"

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..call import Observed
 from ..control.measurement import GroupSums
 from ..control.plan import StepPlan, draw_order, identity_order, private_seed
-from ..estimator import control_scale, control_size, control_weights
+from ..estimator import control_size, control_weights
 from ..sealed import SpliceError
 from ..splice import Spliced
 from .factored import recorded
@@ -107,7 +107,7 @@ class TrunkCall:
 
     def _gradients(self, deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the trunk's parameters by formula (1), from those of its outputs, None if not read; then the predictor learns."""
-        predictor, scale = self.predictor, control_scale(self.m, self.controls)
+        predictor, scale = self.predictor, self.m / self.controls
         given = {k: self._in(self.order, delta) for k, delta in enumerate(deltas) if delta is not None}
         features, pulled = features_of([self.values[k] for k in given], list(given.values()), predictor.dtype)
         totals, sums = list[Tensor | None]([None] * len(predictor.parameters)), GroupSums()
@@ -119,9 +119,8 @@ class TrunkCall:
         for number, part in enumerate(self.parts[: self.groups]):
             outs, scaled = [self.found[k][number] for k in given], [scale * delta[part] for delta in given.values()]
             exact = torch.autograd.grad(outs, predictor.parameters, scaled, allow_unused=True)
-            if part.stop - part.start == 1:  # two parameters may be given parts of the same tensor
-                exact = tuple(None if g is None else g.clone() for g in exact)
-            totals = [a if b is None else b if a is None else a + b for a, b in zip(totals, exact, strict=True)]
+            # Two parameters may be given parts of the same tensor.
+            totals = [a if b is None else b.clone() if a is None else a + b for a, b in zip(totals, exact, strict=True)]
             if self.plan.measure:
                 guess = predictor.gradients(features[part], pulled[part], torch.ones_like(features[part, 0]))
                 nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in predictor.parameters]

@@ -17,8 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..settings import Kernel
-
 
 class Fit(NamedTuple):
     """A fitted regression on ``n`` examples: ``(a - centre) * scale (n, D)``, ``h (n, D)`` and ``(K + lambda I)^-1 C (n, P)`` for targets ``C``.
@@ -52,7 +50,7 @@ def features_of(outputs: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torc
     return torch.cat(features, 1), torch.cat(pulled, 1)
 
 
-def _kernel_matrix(kernel: Kernel, a: Tensor, h: Tensor, others: Tensor, others_h: Tensor) -> Tensor:
+def _kernel_matrix(kernel: str, a: Tensor, h: Tensor, others: Tensor, others_h: Tensor) -> Tensor:
     """(4) or (5) between ``q`` and ``n`` examples with scaled features; shape ``(q, n)``."""
     similarity = a @ others.T
     if kernel == "linear":
@@ -63,7 +61,7 @@ def _kernel_matrix(kernel: Kernel, a: Tensor, h: Tensor, others: Tensor, others_
     return similarity * (h @ others_h.T)
 
 
-def fit(kernel: Kernel, ridge: float, features: Tensor, pulled: Tensor, targets: Tensor) -> Fit:
+def fit(kernel: str, ridge: float, features: Tensor, pulled: Tensor, targets: Tensor) -> Fit:
     """Fit the regression on ``a (n, D)``, ``h (n, D)`` and targets ``C (n, P)``.
 
     The penalty is ``lambda = ridge * mean_i k(i, i)``, so that it does not depend on any scale. A kernel matrix that cannot
@@ -84,7 +82,7 @@ def fit(kernel: Kernel, ridge: float, features: Tensor, pulled: Tensor, targets:
     return Fit(features, pulled.clone(), torch.where(healthy, dual, torch.zeros_like(dual)), centre, scale)
 
 
-def predict(kernel: Kernel, fitted: Fit, features: Tensor, pulled: Tensor, weights: Tensor) -> Tensor:
+def predict(kernel: str, fitted: Fit, features: Tensor, pulled: Tensor, weights: Tensor) -> Tensor:
     """Coordinates, shape ``(P,)``, predicted for a weighted sum of ``q`` examples: ``a (q, D)``, ``h (q, D)``, ``w (q,)``."""
     features = (features - fitted.centre) * fitted.scale
     # Summing before the large product makes its cost that of one example.

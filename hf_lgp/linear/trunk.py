@@ -16,7 +16,7 @@ from torch import nn
 
 from ..call import Observed
 from ..control.plan import StepPlan
-from ..rows.parts import NothingTrained, UnknownBlock, forward_replaced, refuse_reuse
+from ..rows.parts import NothingTrained, UnknownBlock, forward_replaced, refuse_listeners, refuse_reuse
 from ..sealed import SpliceError
 from .call import TrunkCall
 from .factored import find_layers
@@ -53,6 +53,7 @@ def spliced_trunk(
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             refuse_reuse()
+            refuse_listeners(trunk)
             if [id(p) for p in trunk.parameters() if p.requires_grad] != [id(p) for p in predictor.parameters]:
                 raise SpliceError("other parameters of its trunk are trained than at the start")
             if any(p._backward_hooks for p in predictor.parameters):

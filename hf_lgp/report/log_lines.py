@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
-
-PREFIX = "lgp/"  # trackers group what is logged by the part of its name before the slash
-
-
-class _WhereNobodyListens(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr in programs that set up no logging."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
 
 
 def library_logger() -> logging.Logger:
     """The package's logger, from INFO on; it goes to stderr unless the program that uses it set up logging."""
     logger = logging.getLogger("hf_lgp")
     if not logger.handlers:
-        logger.addHandler(_WhereNobodyListens(sys.stderr))
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda _: not logging.getLogger().handlers)
+        logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     return logger
-
-
-def readings(figures: Mapping[str, float]) -> dict[str, float]:
-    """Figures under the names they are logged by."""
-    return {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 
 def postfix(figures: Mapping[str, float]) -> str:

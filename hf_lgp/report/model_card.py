@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .._version import __version__
 from ..settings import LGPSettings
-from .card_section import section
-from .figure import FIGURE_NAME
+from .figure import FIGURE_NAME, series
 
 TAGS = ("lgp", "hf_lgp")
 
@@ -24,6 +26,32 @@ _SECTION = re.compile(f"{re.escape(_START)}.*?{re.escape(_END)}", re.DOTALL)
 
 _NO_BASE = "is a fine-tuned version of [](https://huggingface.co/) on"
 """What ``Trainer`` writes of a model whose config was not loaded from anywhere."""
+
+_INTRODUCTION = (
+    f"Trained with `LGPTrainer` of hf_lgp {__version__}: `transformers.Trainer`, except that only a share of every "
+    "micro-batch, the control fraction, gets exact gradients. The gradients of the other examples are predicted, and the "
+    "exact ones correct the predictions, so the expected gradient is that of plain training "
+    "([arXiv 2511.05187](https://arxiv.org/abs/2511.05187))."
+)
+
+BIBTEX = f"""\
+@article{{ciosek2025linear,
+  title         = {{Linear Gradient Prediction with Control Variates}},
+  author        = {{Ciosek, Kamil and Felicioni, Nicol{{\\`o}} and {{Elenter Litwin}}, Juan}},
+  year          = {{2025}},
+  journal       = {{arXiv preprint arXiv:2511.05187}},
+  eprint        = {{2511.05187}},
+  archivePrefix = {{arXiv}},
+  url           = {{https://arxiv.org/abs/2511.05187}}
+}}
+
+@software{{hf_lgp,
+  title   = {{hf\\_lgp: linear gradient prediction with control variates for transformers.Trainer}},
+  author  = {{{{The hf\\_lgp contributors}}}},
+  version = {{{__version__}}},
+  license = {{Apache-2.0}}
+}}
+"""
 
 
 def extend_card(
@@ -64,3 +92,70 @@ def extend_card(
     card.text = replaced if count else f"{card.text.rstrip()}\n\n{block}\n"
     card.save(path)
     return True
+
+
+def section(
+    log_history: Sequence[Mapping[str, Any]],
+    settings: LGPSettings,
+    model_class: str,
+    source: str,
+    figure: str | None,
+    base: str | None = None,
+) -> str:
+    """Markdown of the whole section, from its heading on, without a line break at the end; ``base`` names the model that an adapter is for."""
+    parts = ["## Linear gradient prediction", _INTRODUCTION]
+    readings = [entry for entry in log_history if "lgp/fraction" in entry]
+    if readings:
+        parts.append(_summary(readings))
+    elif settings.control_fraction == 1.0:
+        parts.append("In this run every gradient was exact: the control fraction was 1.")
+    else:
+        parts.append("The log of this run holds no readings of predictions.")
+    if figure is not None:
+        parts.append(f"![Loss, control fraction and variance explained over the steps of the run]({figure})")
+    parts += ["### Settings", _settings_list(settings), "### Loading"]
+    if base is None:
+        loading = f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("{source}")'
+        parts.append(f"A plain transformers checkpoint; hf_lgp is not needed.\n\n```python\n{loading}\n```")
+    else:
+        loading = (
+            f'model = {model_class}.from_pretrained("{base or "the base model"}")  # as it was given to the trainer'
+        )
+        loading += f'\nmodel = PeftModel.from_pretrained(model, "{source}")'
+        imported = f"from peft import PeftModel\nfrom transformers import {model_class}"
+        parts.append(f"A plain PEFT adapter; hf_lgp is not needed.\n\n```python\n{imported}\n\n{loading}\n```")
+    parts += ["### Citation", f"```bibtex\n{BIBTEX}```"]
+    return "\n\n".join(parts)
+
+
+def _summary(readings: Sequence[Mapping[str, Any]]) -> str:
+    fractions, predicted = (series(readings, f"lgp/{name}")[1] for name in ("fraction", "examples_predicted"))
+    if set(fractions) == {1.0} and not predicted:
+        return (
+            "In this run every gradient was exact: predictions did not pay, were not possible for this model, or the run was too "
+            "short to tell."
+        )
+    spans = [f"{f:.4g} in {fractions.count(f) / len(fractions):.0%}" for f in sorted(set(fractions), reverse=True)]
+    lines = [f"control fraction: {', '.join(spans)} of the log's entries"]
+    if predicted:
+        lines.append(f"examples with predicted gradients: {predicted[-1]:.0%}")
+    if explained := series(readings, "lgp/variance_explained")[1]:
+        lines.append(
+            "share of the gradient's variance that predictions explain: "
+            f"{explained[-1]:.3g} at the end, {sum(explained) / len(explained):.3g} on average"
+        )
+    if saved := series(readings, "lgp/seconds_saved")[1]:
+        verb = "saved" if saved[-1] >= 0 else "lost"
+        lines.append(
+            f"time {verb} against plain training, as estimated while training: {timedelta(seconds=round(abs(saved[-1])))} (h:min:s)"
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _settings_list(settings: LGPSettings) -> str:
+    shown = [
+        f"- `lgp_{name}`: {value}{' (chosen while training)' if name == 'control_fraction' and value == 0 else ''}"
+        for name, value in asdict(settings).items()
+        if name == "control_fraction" or value != getattr(LGPSettings, name)
+    ]
+    return "\n".join([*shown, "", "All other `lgp_*` settings have their defaults."])

@@ -82,8 +82,7 @@ def run_rows(
     length, exact = x.shape[1], weights is None
     key, value = parts.key, parts.value
     if exact and (
-        any(d.training and d.p > 0.0 for d in parts.early)
-        or any(p is not None and p.weight is None for p in (key, value))
+        any(d.training and d.p > 0.0 for d in parts.early) or any(p is not None and not p.certain for p in (key, value))
     ):  # the walk leaves dropout out, and may round a weight that is found out
         key = value = None
     folds = key is not None and value is not None

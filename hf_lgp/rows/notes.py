@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class StreamNotes(NamedTuple):
@@ -78,16 +78,10 @@ class BlockNotes:
 
     def fixed(self, *more: Any) -> str | None:
         """What is known besides tensors, as a text; None if that cannot be told apart from something else by its text."""
-        simple, told = True, list[Any](more)
-
-        def look(value: Any) -> Any:
-            nonlocal simple
-            simple = simple and isinstance(value, (Tensor, bool, int, float, str, type(None)))
-            told.append("" if isinstance(value, Tensor) else value)
-
-        map_tensors(look, (self.args, dict(self.kwargs)))
+        leaves = ["" if isinstance(t, Tensor) else t for t in tree_leaves((self.args, dict(self.kwargs)))]
         counts = [(k, len(t)) for noted in self.stream for k, t in noted.items()]
-        return repr((told, list(self.kwargs), counts)) if simple else None
+        simple = all(isinstance(value, (bool, int, float, str, type(None))) for value in leaves)
+        return repr((more, leaves, list(self.kwargs), counts)) if simple else None
 
 
 def map_tensors(function: Any, value: Any) -> Any:

@@ -83,6 +83,17 @@ def refuse_reuse() -> None:
         raise SpliceError("what is spliced is run once more in the backward, as by activation checkpointing around it")
 
 
+def refuse_listeners(*blocks: nn.Module) -> None:
+    """Raise :class:`SpliceError` where hooks in blocks would be told of some examples and rows only. Those of libraries, which are part of the model or listen only when asked to, may stay."""
+    for module in (m for block in blocks for m in block.modules()):
+        of_kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        for hook in (hook for hooks in of_kinds for hook in hooks.values()):
+            if (getattr(hook, "__module__", None) or "").split(".")[0] not in ("torch", "transformers"):
+                raise SpliceError(
+                    f"a hook in its blocks, of a {type(module).__name__}, would not be told of all examples"
+                )
+
+
 class Spot(NamedTuple):
     """One call of attention: its query, key and value, and the modules that were running, the innermost last."""
 

@@ -40,7 +40,14 @@ class Projection:
     def alone(self) -> bool:
         """Whether its module is a linear layer that makes nothing else."""
         heads, d = self.shape
-        return type(self.module) is nn.Linear and self.module.out_features == heads * d
+        # One whose weight is found out must be as it is for that.
+        return self.weight is not None and type(self.module) is nn.Linear and self.module.out_features == heads * d
+
+    @property
+    def certain(self) -> bool:
+        """Whether its module makes nothing of rows but the affine map, whatever happens to it: others may do so only in other steps."""
+        own = type(self.module) is nn.MultiheadAttention or (type(self.module) is nn.Linear and self.weight == "weight")
+        return own and not self.module._forward_pre_hooks and "forward" not in vars(self.module)
 
     def affine(self, x: Tensor) -> Affine:
         """Its weight ``(H, d, D)`` and bias ``(H, 1, d)`` for rows like ``x``, with a graph to whatever parameters they are made of."""
@@ -95,7 +102,7 @@ def _candidates(
 ) -> Iterator[Projection]:
     width = x.shape[-1]
     # What stands within another module that is given the rows, such as a layer with adapters, may not be all of it in the next step.
-    around = [m for m in attention.modules() if m is not attention and entered.get(m) is x]
+    around = [m for m in attention.modules() if m is not attention and entered.get(m) is x and _rows(made.get(m), x)]
     within = {inner for module in around for inner in module.modules() if inner is not module}
     for module in (m for m in attention.modules() if m not in within):
         own = {name: p for name, p in module.named_parameters(recurse=False)}
@@ -105,15 +112,13 @@ def _candidates(
                     outputs = p.shape[1 if transposed else 0]
                     for bias in (*(n for n, b in own.items() if b.shape == (outputs,)), None):
                         yield Projection(module, name, bias, transposed, (1, outputs), 0, outputs)
-    for module in attention.modules():
-        out = made.get(module)
-        if (
-            module is not attention
-            and entered.get(module) is x
-            and isinstance(out, Tensor)
-            and out.shape[:2] == x.shape[:2]
-        ):
-            yield Projection(module, None, None, False, (1, out.shape[-1]), 0, out.shape[-1])
+    for module in around:
+        outputs = made[module].shape[-1]
+        yield Projection(module, None, None, False, (1, outputs), 0, outputs)
+
+
+def _rows(out: Any, x: Tensor) -> bool:
+    return isinstance(out, Tensor) and out.shape[:2] == x.shape[:2]
 
 
 def _among_outputs(candidate: Projection, heads: Tensor, x: Tensor) -> Projection | None:

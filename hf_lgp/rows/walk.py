@@ -110,34 +110,26 @@ def _walk_block(
 ) -> tuple[Tensor, Tensor, dict[int, Tensor | None]]:
     """Gradients of the followed rows ``(m, S, D)``, of all rows as attention reads them ``(m, T, D)``, and of leaves."""
     keys = [id(p) for p in parts.block.parameters() if p.requires_grad]
-    if not groups:
+    leaves = expanded(leaves, parts.block, groups) if groups else leaves
 
-        def pulled(hidden: Tensor, weights: Tensor, arriving: Tensor, *noted: Tensor) -> Any:
-            hidden = hidden.detach().requires_grad_()
-            with torch.enable_grad():
-                rows = mean_rows(weights, hidden.detach()).requires_grad_()
-                out = _rows_of_block(parts, notes.of(noted, True), how, hidden, rows, weights)
-            own = [p for p in parts.block.parameters() if p.requires_grad]
-            return torch.autograd.grad(out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True)
+    def run(hidden: Tensor, rows: Tensor, weights: Tensor, *noted: Tensor) -> Tensor:
+        return _rows_of_block(parts, notes.of(noted, not groups), how, hidden, rows, weights)
 
-        tensors = [notes.hidden, weights, arriving, *notes.tensors(True)]
-        of_rows, of_hidden, *of_own = how.run(
-            f"walk of {weights.shape[2]} rows", parts.block, leaves, pulled, tensors, lambda: notes.fixed(how.half)
-        )
-    else:
-
-        def of_group(hidden: Tensor, rows: Tensor, weights: Tensor, *noted: Tensor) -> Tensor:
-            return _rows_of_block(parts, notes.of(noted), how, hidden, rows, weights)
-
-        leaves, hidden = expanded(leaves, parts.block, groups), notes.hidden.detach().requires_grad_()
+    def pulled(hidden: Tensor, weights: Tensor, arriving: Tensor, *noted: Tensor) -> Any:
+        hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            rows = mean_rows(weights, notes.hidden).requires_grad_()
-            tensors = [hidden, rows, weights, *notes.tensors()]
-            out = by_group(parts.block, leaves, groups, of_group, tensors, how.vectorized)
-        own = [leaves[key] for key in keys]
-        of_rows, of_hidden, *of_own = torch.autograd.grad(
-            out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True
-        )
+            rows = mean_rows(weights, hidden.detach()).requires_grad_()
+            given = [hidden, rows, weights, *noted]
+            out = by_group(parts.block, leaves, groups, run, given, how.vectorized) if groups else run(*given)
+        own = [leaves[key] for key in keys] if groups else [p for p in parts.block.parameters() if p.requires_grad]
+        return torch.autograd.grad(out, [rows, hidden, *own], arriving.to(out.dtype), allow_unused=True)
+
+    tensors = [notes.hidden, weights, arriving, *notes.tensors(not groups)]
+    if groups:
+        of_rows, of_hidden, *of_own = pulled(*tensors)
+    else:
+        kind = f"walk of {weights.shape[2]} rows"
+        of_rows, of_hidden, *of_own = how.run(kind, parts.block, leaves, pulled, tensors, lambda: notes.fixed(how.half))
     # A block that is left out at random hands its rows on.
     of_rows = torch.zeros_like(arriving) if of_rows is None else of_rows
     of_hidden = torch.zeros_like(notes.hidden) if of_hidden is None else of_hidden

@@ -302,8 +302,13 @@ def test_a_noisy_machine_does_not_end_predictions() -> None:
 
 
 def test_a_fixed_fraction_is_followed_from_the_first_step_and_measured_now_and_then() -> None:
-    _, plans, _ = simulate(200, compute_bound, lambda at: 0.5, replace(RULES, fraction=0.5))
+    _, plans, _ = simulate(200, compute_bound, lambda at: 0.5, replace(RULES, fraction=0.5, exact_steps=0))
     assert {plan.fraction for plan in plans} == {0.5} and 2 <= sum(plan.measure > 0 for plan in plans) <= 4
+
+
+def test_a_fixed_fraction_begins_after_the_exact_steps_that_were_asked_for() -> None:
+    _, plans, _ = simulate(20, compute_bound, lambda at: 0.5, replace(RULES, fraction=0.5, exact_steps=7))
+    assert [plan.fraction for plan in plans] == [1.0] * 7 + [0.5] * 13
 
 
 @pytest.mark.parametrize(("size", "measures"), [(1, False), (2, False), (4, True)])

@@ -88,6 +88,25 @@ def test_no_two_gradients_share_memory(examples, plan):
     assert len({g.untyped_storage().data_ptr() for g in gradients}) == len(gradients)
 
 
+class _Tables(nn.Module):
+    """Parameters without an entry for each example, of which two are parts of what a third is added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.first, self.rest, self.kind = (nn.Parameter(torch.zeros(rows, 8)) for rows in (1, 3, 4))
+
+    def forward(self, x):
+        return self.layer(x + torch.cat([self.first, self.rest]) + self.kind)
+
+
+def test_nor_do_those_of_tables():
+    trunk = _Tables()
+    with spliced_trunk(trunk, StepPlan(fraction=0.5), LinearPredictor(trunk, LGPSettings())):
+        trunk(torch.randn(6, 4, 8)).square().mean().backward()
+    assert len({p.grad.untyped_storage().data_ptr() for p in trunk.parameters()}) == 5
+
+
 def test_measurements_are_of_the_same_tensors_whatever_the_groups_reach():
     """LayerDrop leaves out other blocks for every group."""
 

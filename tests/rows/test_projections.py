@@ -68,6 +68,26 @@ def test_the_affine_map_gives_the_heads(way: str) -> None:
     torch.testing.assert_close(again, heads)
 
 
+class Together(nn.Module):
+    """Layers in a module of their own, which returns what they make side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.key, self.inner.value = (nn.Linear(WIDTH, H * D) for _ in range(2))
+        self.inner.forward = lambda x: (self.inner.key(x), self.inner.value(x))  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[1].view(M, T, H, D).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def test_layers_side_by_side_have_their_own_weights() -> None:
+    module = Together()
+    found, _ = found_in(module, torch.randn(M, T, WIDTH))
+    assert found is not None and found.module is module.inner.value
+    assert found.weight == "weight" and found.alone and found.certain
+
+
 def test_what_is_done_to_heads_afterwards_is_no_affine_map_of_a_layer() -> None:
     assert found_in(Of("scaled"), torch.randn(M, T, WIDTH))[0] is None
 

@@ -12,7 +12,7 @@ import torch
 from runs import Build, Gradients, arguments, assert_exact_with_one_warning, assert_unbiased, losses
 from tiny import TinyImages, tiny_convnext, tiny_vit
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, ViTForImageClassification
 
@@ -37,13 +37,24 @@ def convolutions(base: type[Trainer], args: Any, **options: Any) -> Trainer:
     return base(tiny_convnext(), args, train_dataset=DATA, **options)
 
 
+class Meeting(nn.Module):
+    """A part of a block whose examples see one another."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, rows: Tensor) -> Any:
+        return self.part(rows + rows.mean(0))
+
+
 class InPairs(nn.Module):
     """A model whose blocks let the examples of a batch see one another."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vit = tiny_vit(torch.float32, num_hidden_layers=3)
-        self.vit.vit.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + args[0].mean(0), *args[1:]))
+        self.vit.vit.layers[1].mlp = Meeting(self.vit.vit.layers[1].mlp)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
         return self.vit(pixel_values=pixel_values, labels=labels)
@@ -58,7 +69,7 @@ def coupled(base: type[Trainer], args: Any, **options: Any) -> Trainer:
     [
         (hidden_states_read, "is read elsewhere"),
         (convolutions, "calls attention neither by"),
-        (coupled, "is read elsewhere"),
+        (coupled, "do not treat examples independently"),
     ],
 )
 def test_it_is_trained_exactly(build: Build, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,31 +229,201 @@ def test_a_step_that_fails_in_the_backward_is_taken_once(
     assert all(torch.equal(exact[name], g) for name, g in after.items()) and exact.keys() == after.keys()
 
 
-@pytest.mark.parametrize(
-    ("layer", "taken", "predictor"),
-    [(0, "output", "auto"), (0, "input", "auto"), (2, "output", "auto"), (2, "input", "auto"), (0, "output", "linear")],
-)
-def test_what_a_hook_takes_out_of_a_block_for_the_loss_is_no_part_of_it(
-    layer: int, taken: str, predictor: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("predictor", ["auto", "linear"])
+def test_who_begins_to_listen_in_a_block_is_told_of_all_examples(
+    predictor: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From the fourth step on a loss reads what a hook took: what went in has no graph of its own to break."""
-    heard: list[Tensor] = []
+    """A loss that reads what its own hooks took, from the fourth step on, and keeps nothing of it."""
 
     class Listening(LGPTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            heard.clear()
-            return model(**inputs).loss + (0.1 * heard[-1].mean() if self.state.global_step >= 3 else 0.0)
+            heard: list[Tensor] = []
+            if self.state.global_step < 3:
+                return model(**inputs).loss
+            hook = model.vit.layers[0].mlp.fc1.register_forward_hook(lambda _, args, out: heard.append(out))
+            loss = model(**inputs).loss
+            hook.remove()
+            assert len(heard) == 1 and len(heard[0]) == self.args.per_device_train_batch_size
+            return loss + 0.1 * heard[0].mean()
 
     model = tiny_vit(torch.float32, num_hidden_layers=3)
-    block = model.vit.layers[layer]
-    listened = block.mlp.fc1 if taken == "output" else block.layernorm_before
-    listened.register_forward_hook(lambda _, args, out: heard.append(out if taken == "output" else args[0]))
     trainer = Listening(model, arguments(tmp_path, max_steps=6, lgp_predictor=predictor), train_dataset=DATA)
     trainer.train()
     assert trainer._lgp_steps == {"exact": 3, "predicted": 3}
     (warning,) = warnings_of(caplog)
-    assert "From step 3 on" in warning
-    assert len(heard) == 1 and len(heard[0]) == trainer.args.per_device_train_batch_size
+    assert "From step 3 on" in warning and "a hook in its blocks" in warning
+
+
+def test_what_a_loss_begins_to_take_out_of_a_block_is_no_part_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A router that leaves a loss of its own on itself, which counts from the fourth step on; nobody keeps its graph."""
+
+    class Routed(nn.Module):
+        def __init__(self, part: nn.Module) -> None:
+            super().__init__()
+            self.part, self.router, self.loss = part, nn.Linear(8, 2), None
+
+        def forward(self, rows: Tensor) -> Tensor:
+            self.loss = self.router(rows).square().mean() if self.training else 0.0
+            return self.part(rows)
+
+    model = tiny_vit(torch.float32, num_hidden_layers=3)
+    aside = model.vit.layers[1].layernorm_before = Routed(model.vit.layers[1].layernorm_before)
+
+    class Later(LGPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = model(**inputs).loss + (aside.loss if self.state.global_step >= 3 else 0.0)
+            aside.loss = 0.0
+            return loss
+
+    trainer = Later(model, arguments(tmp_path, max_steps=6), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 3, "predicted": 3}
+    (warning,) = warnings_of(caplog)
+    assert "From step 3 on" in warning and "from inside its blocks" in warning
+
+
+class Preempted(Exception):
+    """A machine is taken away."""
+
+
+@pytest.mark.parametrize("error", [Preempted, TimeoutError])
+def test_what_has_nothing_to_do_with_predictions_ends_the_run(error: type[Exception], tmp_path: Path) -> None:
+    class Stopped(LGPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                raise error
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = Stopped(tiny_vit(torch.float32), arguments(tmp_path), train_dataset=DATA)
+    with pytest.raises(error):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_gradient_that_is_taken_in_the_middle_of_a_step_is_not_counted_twice(tmp_path: Path) -> None:
+    """A loss that in the second micro-batch of a step calls ``backward`` has gradients of the head by then."""
+    calls: list[int] = []
+
+    class Auxiliary(LGPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            out = model(**inputs)
+            if self.state.global_step == 2 and model.classifier.weight.grad is not None:
+                calls.append(1)
+                out.logits.square().mean().backward(retain_graph=True)
+            return out.loss
+
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = Auxiliary(tiny_vit(torch.float32), args, train_dataset=DATA)
+    with pytest.raises(RuntimeError, match="could not be taken again: its loss is made of gradients"):
+        trainer.train()
+    assert calls == [1]
+
+
+def test_gradients_of_parameters_that_the_optimizer_alone_knows_are_not_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a loss with parameters of its own."""
+    scale = nn.Parameter(torch.ones(()))
+    found: list[float] = []
+
+    class Scaled(LGPTrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.add_param_group({"params": [scale]})
+            return optimizer
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return scale * model(**inputs).loss
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            scale.grad = None
+            loss = super().training_step(*args, **kwargs)
+            found.append(float(scale.grad) / float(loss))
+            return loss
+
+    def pull(*_: Any) -> Any:
+        raise ValueError("it fails")
+
+    trainer = Scaled(tiny_vit(torch.float32), arguments(tmp_path, max_steps=1), train_dataset=DATA)
+    begin = trainer._lgp_begin
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_lgp_begin", lambda *a: (begin(*a), patched.setattr(Call, "_pull", pull)))
+        trainer.train()
+    assert found == [pytest.approx(1.0)] and trainer._lgp_steps["exact"] == 1
+
+
+def test_memory_that_runs_out_in_a_step_that_only_predictions_need_is_no_end_of_an_automatic_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pull(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    trainer = LGPTrainer(
+        tiny_vit(torch.float32), arguments(tmp_path, **predicting_soon(0.0, monkeypatch)), train_dataset=DATA
+    )
+    begin = trainer._lgp_begin
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_lgp_begin", lambda *a: (begin(*a), patched.setattr(Call, "_pull", pull)))
+        trainer.train()
+    assert trainer._lgp_steps == {"exact": 12, "predicted": 0}
+    assert "out of memory" in warnings_of(caplog)[0]
+
+
+def test_a_loss_that_is_no_number_on_few_examples_is_checked_with_all(tmp_path: Path) -> None:
+    """Such as one that wants pairs of a class."""
+
+    class Pairs(LGPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = model(**inputs).loss
+            return loss if len(inputs["labels"]) > 4 else loss * float("nan")
+
+    trainer = Pairs(tiny_vit(torch.float32), arguments(tmp_path), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 0, "predicted": 6}
+
+
+class Towers(nn.Module):
+    """Two models, of one of which hidden states are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (tiny_vit(torch.float32, num_hidden_layers=3) for _ in range(2))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+        read = self.one(pixel_values=pixel_values, labels=labels, output_hidden_states=True)
+        return {"loss": read.loss + read.hidden_states[-2].mean() + self.other(pixel_values, labels).loss}
+
+
+def test_of_several_stacks_those_are_predicted_that_can_be(tmp_path: Path) -> None:
+    model = Towers()
+    trainer = LGPTrainer(model, arguments(tmp_path), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 0, "predicted": 6} and trainer._lgp is not None
+    (stack,) = trainer._lgp.method.stacks
+    assert stack.parts[0].block is model.other.vit.layers[0]
+
+
+def test_a_weight_that_is_pruned_later_is_pruned_in_the_last_block_too(tmp_path: Path) -> None:
+    """The last block is run on one row in exact steps, its keys and values from the weights that its layers have by then."""
+
+    def pruned(base: type[Trainer]) -> list[float]:
+        class Pruning(base):  # type: ignore[misc, valid-type]
+            def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+                if self.state.global_step == 3:
+                    value.weight_mask[::2] = 0.0
+                return super().training_step(*args, **kwargs)
+
+        model = tiny_vit(torch.float32)
+        value = model.vit.layers[-1].attention.v_proj
+        prune.identity(value, "weight")
+        args = arguments(tmp_path, base, lgp_control_fraction=0.0, lgp_exact_steps=12, max_steps=12)
+        trainer = Pruning(model, args, train_dataset=DATA)
+        trainer.train()
+        return losses(trainer)
+
+    assert pruned(LGPTrainer) == pytest.approx(pruned(Trainer), rel=1e-4)
 
 
 @pytest.mark.parametrize("predictor", ["auto", "linear"])
@@ -390,6 +571,23 @@ def test_inputs_are_prepared_once(arrays: bool, tmp_path: Path, monkeypatch: pyt
         return Scaled(tiny_vit(), args, train_dataset=TinyImages(4), data_collator=lists, **options)
 
     assert_unbiased(build, tmp_path, monkeypatch)
+
+
+def test_examples_are_counted_as_they_are_prepared(tmp_path: Path) -> None:
+    """Batches of rows, each a batch of one by itself, that are put together late."""
+
+    class Late(LGPTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            columns = {name: torch.cat([row[name] for row in inputs["rows"]]) for name in ("pixel_values", "labels")}
+            return super()._prepare_inputs(columns)
+
+    def rows(batch: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {"rows": [{name: value[None] for name, value in row.items()} for row in batch]}
+
+    trainer = Late(tiny_vit(torch.float32), arguments(tmp_path), train_dataset=DATA, data_collator=rows)
+    trainer.train()
+    assert trainer._lgp_steps == {"exact": 0, "predicted": 6}
+    assert trainer._lgp is not None and trainer._lgp.examples == {"exact": 24, "predicted": 24}
 
 
 @pytest.mark.parametrize("refused", [False, True])
