@@ -125,7 +125,7 @@ class Call:
         self._selected.clear()
         self.inner = [t for each in self.control for rows, own, _ in each.graphs for t in (rows, *own.values())]
         left = [stream.rows for stream in self.streams]
-        value = left[0]
+        value = left[0].detach()  # or this call would hold what holds it
         if len(left) > 1:
             value = value.new_empty(self.m, *value.shape[1:])
             for stream, rows in zip(self.streams, left, strict=True):

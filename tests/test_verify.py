@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_lgp.attention_interface import intercepted_attention
 from hf_lgp.batches import few_of
+from hf_lgp.call import Call
 from hf_lgp.methods import row_walk
 from hf_lgp.rows.parts import UnknownBlock
 from hf_lgp.rows.walk import RowBudget
@@ -38,6 +40,16 @@ def test_a_model_is_checked_and_left_as_it_was() -> None:
     assert model.training and not model.classifier.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_of_the_check_is_left_in_memory() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        check(model_of("vit"))
+        assert not [each for each in gc.get_objects() if type(each) is Call]
+    finally:
+        gc.enable()
 
 
 def test_the_last_block_is_run_in_full_where_more_than_its_first_row_is_read() -> None:

@@ -292,10 +292,12 @@ class Preempted(Exception):
 def test_what_has_nothing_to_do_with_predictions_ends_the_run(error: type[Exception], tmp_path: Path) -> None:
     class Stopped(LGPTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 3:
+            if self.state.global_step == 3 and not raised:
+                raised.append(1)
                 raise error
             return super().compute_loss(*args, **kwargs)
 
+    raised: list[int] = []
     trainer = Stopped(tiny_vit(torch.float32), arguments(tmp_path), train_dataset=DATA)
     with pytest.raises(error):
         trainer.train()
