@@ -12,6 +12,7 @@ from ..settings import DOUBLINGS
 from .plan import GROUPS, StepPlan
 
 _KEPT = 15  # latest times of each kind of step whose median counts
+_FASTER = 0.97  # time of an exact step with its last block on one row over that of a plain one, below which it is worth a plan
 _KAPPA = 0.40  # of a prediction, in exact examples, before any was timed: that of large models
 
 REHEARSAL = StepPlan(measure=2)
@@ -81,7 +82,7 @@ class StepTimes:
         kind = _kind(plan)
         later = replace(self, latest={**self.latest, kind: (*self.latest.get(kind, ()), unit)[-_KEPT:]})
         plain, first = later.seconds(StepPlan()), later.seconds(StepPlan(first_row=True))
-        return replace(later, first_row=first is not None and plain is not None and first < plain)
+        return replace(later, first_row=first is not None and plain is not None and first < _FASTER * plain)
 
     def last_only(self, *plans: StepPlan) -> StepTimes:
         """Without all but the last time of some kinds of steps, or of all."""

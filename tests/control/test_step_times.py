@@ -25,7 +25,7 @@ def test_the_median_of_the_latest_counts() -> None:
     assert times.seconds(ONE_ROW) is None and times.count(ONE_ROW) == 0
 
 
-@pytest.mark.parametrize(("unit", "faster"), [(0.8, True), (1.1, False)])
+@pytest.mark.parametrize(("unit", "faster"), [(0.8, True), (0.98, False), (1.1, False)])
 def test_exact_steps_are_of_the_faster_kind(unit: float, faster: bool) -> None:
     times = times_of((PLAIN, 1.0), (ONE_ROW, unit))
     assert times.exact_plan == StepPlan(first_row=faster)
