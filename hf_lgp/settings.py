@@ -19,7 +19,7 @@ class LGPSettings:
     Attributes:
         control_fraction: ``f``, share of every micro-batch with exact gradients; 1: plain training, 0: chosen by measured price.
         variance_budget: Largest relative variance that a fraction which is chosen may cause, above 1; 0: no limit.
-        exact_steps: Exact optimizer steps before a fraction is chosen.
+        exact_steps: Exact optimizer steps before a fraction is followed.
         predictor: ``rows``: the row walk, an error where it is not possible; ``auto``: exact there; ``linear``: a regression as in the paper.
         groups: ``K``, means of rows that the row walk follows besides the row with the largest gradient; None: 2, or 4 or 8 where measurements say that it pays.
         single_rows: ``R``, rows that it follows one by one besides these: those with the largest gradients; None: the same.

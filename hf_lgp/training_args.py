@@ -34,7 +34,7 @@ class LGPTrainingArguments(TrainingArguments):
         "Largest variance of the gradient, relative to the exact one, that the automatic choice may cause, above 1. 0: no limit.",
     )
     lgp_exact_steps: int = _setting(
-        0, "Optimizer steps at the start that are exact whatever measurements say, before the automatic choice begins."
+        0, "Optimizer steps at the start that are exact, before a fraction is followed, be it fixed or chosen."
     )
     lgp_predictor: str = _setting(
         "auto",

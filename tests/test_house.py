@@ -56,5 +56,5 @@ def test_nothing_imports_upward(path: Path) -> None:
 
 def test_the_house_is_no_larger_than_it_may_be() -> None:
     lines = {path: len((PACKAGE / path).read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert sum(lines.values()) <= 5700 and max(lines.values()) <= 350
+    assert sum(lines.values()) <= 5600 and max(lines.values()) <= 350
     assert all((PACKAGE / name).is_file() for name in GROUND | TOP - {"probe.py"})

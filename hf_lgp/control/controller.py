@@ -47,7 +47,7 @@ class Rules:
 
     fraction: float  # fixed control fraction; 0 to choose
     budget: float  # largest relative variance that a choice may cause
-    exact_steps: int  # optimizer steps at the start that are exact when the fraction is chosen
+    exact_steps: int  # optimizer steps at the start that are exact
     first_row: bool  # whether some stack's last block can be run on the first row only
     steps: int = 0  # micro-batches of the whole run
     doublings: int = 0  # how often the number of rows that are followed may be doubled
