@@ -152,7 +152,7 @@ class Mine(TinyImages):
 if __name__ == "__main__":
     workers = dict(dataloader_num_workers=1, dataloader_multiprocessing_context="spawn") if "--spawn" in sys.argv else {}
     args = TrainingArguments(sys.argv[1], per_device_train_batch_size=16, use_cpu=True, report_to="none", **workers)
-    trainer = Doubled(2.0, tiny_vit(torch.float32), args, train_dataset=Mine(64, dtype=torch.float32))
+    trainer = Doubled(2.0, tiny_vit(torch.float32), args, train_dataset=Mine(2048 if workers else 64, dtype=torch.float32))
     if "--never" not in sys.argv:
         trainer.train()
         raise AssertionError("training went on")
