@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +20,14 @@ def few_of(inputs: Any, count: int) -> Any:
             return (value[:count] if part else value).clone()
         if isinstance(value, Mapping):
             items = {name: few(item) for name, item in value.items()}
-            with suppress(Exception):  # with whatever else it holds, if it can be copied and filled
-                same: Any = copy.copy(value)
-                same.update(items)
-                return same
-            return items
+            if isinstance(value, dict | UserDict):  # with whatever else it holds
+                value = copy.copy(value)
+                value.update(items)
+                return value
+            try:
+                return type(value)(items)  # type: ignore[call-arg]
+            except TypeError:
+                return items
         if type(value) in (list, tuple):
             return type(value)(few(item) for item in value)
         return value

@@ -87,9 +87,9 @@ class Call:
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
         whole = len(self.streams) == 1
         rows = [stream.rows for stream in self.streams]
-        if self.how.half == torch.bfloat16:  # which has the range of float32
-            rows = [t.to(torch.bfloat16) for t in rows]
-        notes = BlockNotes(rows[0] if whole else torch.cat(rows), args, kwargs, batched, StreamNotes({}, {}))
+        dtype = torch.bfloat16 if self.how.half == torch.bfloat16 else rows[0].dtype  # which has the range of float32
+        hidden = rows[0].to(dtype) if whole else torch.cat(rows, out=rows[0].new_empty(self.h0.shape, dtype=dtype))
+        notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
         needs_input = i > self.first or self.h0.requires_grad
         # Control examples last: who listens within a block keeps theirs, which has a graph, so that its use is noticed.
         told = [

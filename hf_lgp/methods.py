@@ -28,6 +28,7 @@ class RowWalk:
 
     stacks: tuple[Stack, ...]
     how: HowToWalk
+    which: tuple[int, ...]  # of the model's stacks these are
 
     ready, learns = True, False
 
@@ -36,11 +37,10 @@ class RowWalk:
         """Whether some stack's last block can be run on the first row only."""
         return any(stack.first_row_only for stack in self.stacks)
 
-    def with_first_rows(self, flags: Sequence[bool]) -> RowWalk:
-        """The same, running the last block of these stacks on the first row only."""
-        return replace(
-            self, stacks=tuple(replace(s, first_row_only=f) for s, f in zip(self.stacks, flags, strict=True))
-        )
+    @property
+    def found(self) -> float:
+        """Which stacks it has, and of which the first row only is read, as one number."""
+        return sum((1.0 + stack.first_row_only) * 3**k for k, stack in zip(self.which, self.stacks, strict=True))
 
     def splice(self, plan: StepPlan, observed: Callable[[GroupSpread], None]) -> AbstractContextManager[None]:
         """A context in which the model follows a plan."""
@@ -79,19 +79,21 @@ def row_walk(
         except UnknownBlock:
             return False
 
+    which = tuple(range(len(stacks)))
     try:
         stacks, how = checked(stacks)
     except UnknownBlock as reason:
         # Perhaps it needs as many rows as there are, such as one that makes a bias for each pair; or of several stacks some can be spliced.
         on_all = tuple(replace(s, parts=tuple(replace(part, on_few=False) for part in s.parts)) for s in stacks)
-        kept = tuple(stack for stack in on_all if len(stacks) > 1 and passes(stack)) or on_all
+        which = tuple(k for k in which if len(stacks) > 1 and passes(on_all[k])) or which
+        kept = tuple(on_all[k] for k in which)
         if kept == stacks:
             raise
         try:
             stacks, how = checked(kept)
         except UnknownBlock:
             raise reason from None
-    return RowWalk(stacks, replace(how, run=run))
+    return RowWalk(stacks, replace(how, run=run), which)
 
 
 class LinearMethod(LinearPredictor):

@@ -174,7 +174,7 @@ def _plan(session: Session, usual: Callable[..., StepPlan], step: int, *more: An
     if len(controller.residuals) <= session.rules.doublings:
         session.controller = replace(controller, residuals=(Residual(),) * (1 + session.rules.doublings))
     rows = next((k for k, known in enumerate(session.controller.residuals) if not known.count), 0)
-    return replace(controller.times.exact_plan, measure=GROUPS, rows=rows)
+    return StepPlan(measure=GROUPS, first_row=session.rules.first_row, rows=rows)
 
 
 def probe(model: nn.Module, dataset: Any, args: TrainingArguments | None = None, **kwargs: Any) -> ProbeReport:

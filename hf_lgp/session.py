@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .control.clock import Lap, mark
 from .control.controller import PERIOD, Controller, Rules
-from .control.exchange import holds_everywhere, mean_over_processes
+from .control.exchange import holds_everywhere, mean_over_processes, same_everywhere
 from .control.measurement import GroupSpread
 from .control.plan import StepPlan, private_seed
 from .estimator import control_size
@@ -96,12 +96,9 @@ class Session:
             trained: Number of the model's parameters that are trained.
             examples: Those of this micro-batch, in this process.
         """
-        everywhere = holds_everywhere(method is not None, self.device)
-        if method is not None and not everywhere:
-            method, refused = None, "the check came to something else in another process"
-        if isinstance(method, RowWalk):  # with rounding between them, processes may have judged differently
-            flags = torch.tensor([stack.first_row_only for stack in method.stacks], device=self.device).float()
-            method = method.with_first_rows([mean == 1.0 for mean in mean_over_processes(flags).tolist()])
+        found = [float(method is not None), method.found if isinstance(method, RowWalk) else 0.0]
+        if not same_everywhere(found, self.device):
+            method, refused = None, refused or "the check came to something else in another process"
         self._tried |= {trained}
         self.method, self.refused, self._ready = method, refused, False
         if method is not None and self._learnt:
@@ -265,7 +262,7 @@ class Session:
         if self.method is None:
             return {"fraction": 1.0}
         controller, fixed = self.controller, self.settings.control_fraction
-        fraction = fixed or controller.fraction
+        fraction = 1.0 if self._position[0] < self.settings.exact_steps else fixed or controller.fraction
         figures = {"fraction": fraction}
         if fraction < 1.0:
             if controller.measurements:
@@ -273,7 +270,7 @@ class Session:
                 figures["variance"] = controller.variance(fraction)
             plain = controller.times.seconds(StepPlan())
             own = controller.times.seconds(StepPlan(fraction, rows=controller.rows))
-            if plain and own:
+            if plain and own and not fixed:
                 figures |= {"step_time": own / plain, "seconds_saved": controller.saved}
         return {name: round(value, 6) for name, value in figures.items()}
 
@@ -287,7 +284,8 @@ class Session:
     @property
     def saved(self) -> float | None:
         """Estimated seconds that this run has saved since it began or went on; None where nothing tells."""
-        return None if self.controller.times.seconds(StepPlan()) is None else self.controller.saved - self._saved_before
+        told = not self.settings.control_fraction and self.controller.times.seconds(StepPlan()) is not None
+        return self.controller.saved - self._saved_before if told else None
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors, and numbers as JSON knows them. All processes call this together."""

@@ -97,11 +97,11 @@ def find_stacks(
     stacks = [Stack(each, unbatched) for each in trained]
     if not stacks:
         raise NothingTrained("nothing in its blocks is trained, so there is no gradient to predict")
-    for stack in stacks:
-        coupled = [m for p in stack.parts for m in p.block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if coupled:
-            raise UnknownBlock("a BatchNorm in its blocks couples the examples of a batch")
-    return tuple(stacks)
+    coupled = nn.modules.batchnorm._BatchNorm
+    free = [s for s in stacks if not any(isinstance(m, coupled) for part in s.parts for m in part.block.modules())]
+    if not free:
+        raise UnknownBlock("a BatchNorm in its blocks couples the examples of a batch")
+    return tuple(free)
 
 
 def _unbatched(parts: Sequence[BlockParts], run: Callable[[], Any], fewer: Callable[[], Any]) -> frozenset[int | str]:

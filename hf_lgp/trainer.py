@@ -220,8 +220,10 @@ class LGPTrainer(Trainer):
                 examples = examples_of(batch)
                 # Some losses want a whole batch.
                 budget = RowBudget(*settings.rows)
-                backend = self.args.torch_compile_backend, self.args.torch_compile_mode
-                run: Run = Compiled(*backend) if self._lgp_compiles else run_eagerly
+                args, launched = self.args, self.accelerator.state.dynamo_plugin
+                backend = args.torch_compile_backend or launched.backend.value.lower()
+                mode = args.torch_compile_mode or launched.mode
+                run: Run = Compiled(backend, mode) if self._lgp_compiles else run_eagerly
                 with unchanged(model), without_gradients(model), patch.object(self, "log", lambda *_, **__: None):
                     count = _CHECKED if examples > _CHECKED and works(_CHECKED) else examples
                     method = row_walk(model, loss, count, budget, intercepted_attention, half, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import pytest
@@ -64,6 +65,34 @@ def test_copies_hold_whatever_else_a_batch_holds() -> None:
     assert type(few) is Named and few.name == "first" and len(few["a"]) == 2 and len(batch["a"]) == 3
     encoded = few_of(BatchEncoding({"input_ids": torch.ones(3, 2)}, encoding=[]), 2)
     assert encoded.encodings == [] and len(encoded.input_ids) == 2
+
+
+class Held(MutableMapping):  # type: ignore[type-arg]
+    """A mapping that knows how to copy itself by its constructor only."""
+
+    def __init__(self, items: Any) -> None:
+        self.items_ = dict(items)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.items_[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.items_[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.items_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+def test_a_copy_of_a_mapping_leaves_it_alone() -> None:
+    batch = Held({"a": torch.ones(3)})
+    few = few_of(batch, 2)
+    assert type(few) is Held and len(few["a"]) == 2 and len(batch["a"]) == 3
 
 
 def test_nested_tensors_are_copied_whole() -> None:

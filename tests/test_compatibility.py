@@ -164,7 +164,12 @@ def test_a_launcher_may_ask_for_compilation(asked: str | None, tmp_path: Path, m
     AcceleratorState._reset_state(reset_partial_state=True)
     if asked:
         monkeypatch.setenv(asked, "EAGER")
-    assert LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path))._lgp_compiles == bool(asked)
+    backends: list[str] = []
+    monkeypatch.setattr(hf_lgp.trainer, "Compiled", lambda backend, mode: backends.append(backend))
+    data = TinyImages(8, dtype=torch.float32)
+    trainer = LGPTrainer(tiny_vit(torch.float32), arguments(tmp_path, max_steps=1), train_dataset=data)
+    trainer.train()
+    assert trainer._lgp_compiles == bool(asked) and backends == ["eager"] * bool(asked)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

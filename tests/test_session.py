@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -268,6 +269,15 @@ def test_a_method_that_is_refused_is_let_go_and_checked_again_with_other_paramet
     assert seen == [False, True, False, True]
     session.use(None, "it fails", 5, 16)
     assert not any(session.unchecked(trained) for trained in (0, 5, 0, 5))
+
+
+def test_exact_steps_before_a_fixed_fraction_are_logged_as_such() -> None:
+    session, _ = session_of(control_fraction=0.5)
+    session.settings = replace(session.settings, exact_steps=40)
+    run(session, 0, 40)
+    assert session.figures() == {"fraction": 1.0} and session.steps == {"exact": 40, "predicted": 0}
+    run(session, 40, 60)
+    assert session.figures()["fraction"] == 0.5 and "step_time" not in session.figures() and session.saved is None
 
 
 def test_a_run_whose_batches_never_came_says_so() -> None:

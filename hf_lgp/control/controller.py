@@ -134,7 +134,7 @@ class Controller:
             return ordinary
         # Readings may come late: only if they did not after a while, more is measured.
         due = self._unknown(rules) and (self.seen - self.asked_at) % (4 * PERIOD) < self._wanted(rules)
-        return replace(exact, measure=groups, rows=self.rows) if due else exact
+        return StepPlan(measure=groups, first_row=rules.first_row, rows=self.rows) if due else exact
 
     @property
     def _odd(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,12 @@ def mean_over_processes(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / processes()
+
+
+def same_everywhere(values: Sequence[float], device: torch.device) -> bool:
+    """Whether all processes have the same numbers; waits for the others."""
+    own = torch.tensor(values, dtype=torch.float32, device=device)
+    return holds_everywhere(torch.equal(own, mean_over_processes(own)), device)
 
 
 def holds_everywhere(condition: bool, device: torch.device) -> bool:

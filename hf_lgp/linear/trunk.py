@@ -53,7 +53,7 @@ def spliced_trunk(
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             refuse_reuse()
-            refuse_listeners(trunk)
+            refuse_listeners(*trunk.children())
             if [id(p) for p in trunk.parameters() if p.requires_grad] != [id(p) for p in predictor.parameters]:
                 raise SpliceError("other parameters of its trunk are trained than at the start")
             if any(p._backward_hooks for p in predictor.parameters):

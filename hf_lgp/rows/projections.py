@@ -102,7 +102,7 @@ def _candidates(
 ) -> Iterator[Projection]:
     width = x.shape[-1]
     # What stands within another module that is given the rows, such as a layer with adapters, may not be all of it in the next step.
-    around = [m for m in attention.modules() if m is not attention and entered.get(m) is x and _rows(made.get(m), x)]
+    around = [m for m in attention.modules() if m is not attention and entered.get(m) is x]
     within = {inner for module in around for inner in module.modules() if inner is not module}
     for module in (m for m in attention.modules() if m not in within):
         own = {name: p for name, p in module.named_parameters(recurse=False)}
@@ -113,12 +113,9 @@ def _candidates(
                     for bias in (*(n for n, b in own.items() if b.shape == (outputs,)), None):
                         yield Projection(module, name, bias, transposed, (1, outputs), 0, outputs)
     for module in around:
-        outputs = made[module].shape[-1]
-        yield Projection(module, None, None, False, (1, outputs), 0, outputs)
-
-
-def _rows(out: Any, x: Tensor) -> bool:
-    return isinstance(out, Tensor) and out.shape[:2] == x.shape[:2]
+        out = made.get(module)
+        if isinstance(out, Tensor) and out.shape[:2] == x.shape[:2]:
+            yield Projection(module, None, None, False, (1, out.shape[-1]), 0, out.shape[-1])
 
 
 def _among_outputs(candidate: Projection, heads: Tensor, x: Tensor) -> Projection | None:

@@ -306,6 +306,19 @@ def test_a_fixed_fraction_is_followed_from_the_first_step_and_measured_now_and_t
     assert {plan.fraction for plan in plans} == {0.5} and 2 <= sum(plan.measure > 0 for plan in plans) <= 4
 
 
+def test_measuring_steps_run_the_last_block_as_those_with_predictions_do() -> None:
+    """Or some would compare the gradients of other blocks than others."""
+    controller, plans, _ = simulate(
+        60,
+        lambda plan: 1.2 if plan == StepPlan(first_row=True) else compute_bound(plan),
+        lambda at: 0.05,
+        replace(RULES, first_row=True),
+    )
+    assert not controller.times.first_row
+    measuring = [plan for plan in plans if plan.measure]
+    assert len(measuring) > 2 and all(plan.first_row for plan in measuring)
+
+
 def test_a_fixed_fraction_begins_after_the_exact_steps_that_were_asked_for() -> None:
     _, plans, _ = simulate(20, compute_bound, lambda at: 0.5, replace(RULES, fraction=0.5, exact_steps=7))
     assert [plan.fraction for plan in plans] == [1.0] * 7 + [0.5] * 13

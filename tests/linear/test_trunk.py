@@ -214,6 +214,18 @@ def test_hooks_of_parameters_are_refused_since_they_would_run_twice():
         gradient(model, batch(4, 0))
 
 
+def test_who_listens_within_the_trunk_would_not_be_told_of_all_examples():
+    model, heard = tiny("vit"), []
+    predictor = LinearPredictor(find_trunk(model), LGPSettings(), torch.float64)
+    find_trunk(model).register_forward_hook(lambda _, args, out: heard.append(len(out.last_hidden_state)))
+    with spliced_trunk(find_trunk(model), StepPlan(fraction=0.5), predictor):
+        model(**batch(4, 3)).loss.backward()
+        assert heard == [4], "the trunk's own output is whole"
+        model.vit.layers[0].register_forward_hook(lambda *_: None)
+        with pytest.raises(SpliceError, match="a hook in its blocks"):
+            model(**batch(4, 3))
+
+
 def test_a_frozen_trunk_has_nothing_to_predict():
     model = tiny(next(iter(IMAGES)))
     for parameter in find_trunk(model).parameters():

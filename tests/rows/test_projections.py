@@ -81,11 +81,14 @@ class Together(nn.Module):
         return self.inner(x)[1].view(M, T, H, D).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def test_layers_side_by_side_have_their_own_weights() -> None:
-    module = Together()
-    found, _ = found_in(module, torch.randn(M, T, WIDTH))
+def test_the_weights_of_layers_side_by_side_are_found_out_while_they_are_as_they_are() -> None:
+    """They may be a part of what makes keys and values in another step."""
+    module, x = Together(), torch.randn(M, T, WIDTH)
+    found, heads = found_in(module, x)
     assert found is not None and found.module is module.inner.value
-    assert found.weight == "weight" and found.alone and found.certain
+    assert not found.alone and not found.certain
+    weight, bias = found.affine(x)
+    torch.testing.assert_close(torch.einsum("mtw,hdw->mhtd", x, weight) + bias, heads)
 
 
 def test_what_is_done_to_heads_afterwards_is_no_affine_map_of_a_layer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import Trainer, ViTForImageClassification
 from hf_lgp import LGPTrainer
 from hf_lgp.call import Call
 from hf_lgp.control.controller import Controller
+from hf_lgp.methods import RowWalk
 from hf_lgp.sealed import SpliceError
 
 DATA = TinyImages(32, dtype=torch.float32)
@@ -405,6 +407,20 @@ def test_of_several_stacks_those_are_predicted_that_can_be(tmp_path: Path) -> No
     assert trainer._lgp_steps == {"exact": 0, "predicted": 6} and trainer._lgp is not None
     (stack,) = trainer._lgp.method.stacks
     assert stack.parts[0].block is model.other.vit.layers[0]
+
+
+def test_a_stack_that_couples_examples_does_not_keep_others_from_predictions(tmp_path: Path) -> None:
+    model = Towers()
+    model.one.vit.layers[0].mlp.norm = nn.BatchNorm1d(8)
+    trainer = LGPTrainer(model, arguments(tmp_path), train_dataset=DATA)
+    trainer.train()
+    assert trainer._lgp is not None and len(trainer._lgp.method.stacks) == 1
+
+
+def test_processes_compare_which_stacks_they_found() -> None:
+    stacks = [SimpleNamespace(first_row_only=flag) for flag in (False, True)]
+    found = [RowWalk(tuple(stacks[k] for k in which), None, which).found for which in ((0,), (1,), (0, 1))]  # type: ignore[arg-type, misc]
+    assert found == [1.0, 6.0, 7.0]
 
 
 def test_a_weight_that_is_pruned_later_is_pruned_in_the_last_block_too(tmp_path: Path) -> None:
