@@ -87,11 +87,12 @@ class Call:
         batched = frozenset(id(ordered) for ordered, _ in self._selected.values())
         whole = len(self.streams) == 1
         rows = [stream.rows for stream in self.streams]
-        dtype = torch.bfloat16 if self.how.half == torch.bfloat16 else rows[0].dtype  # which has the range of float32
+        # The walk reads them under autocast; of the half types bfloat16 alone has the range of float32.
+        dtype = torch.bfloat16 if self.how.half == torch.bfloat16 else rows[0].dtype
         hidden = rows[0].to(dtype) if whole else torch.cat(rows, out=rows[0].new_empty(self.h0.shape, dtype=dtype))
         notes = BlockNotes(hidden, args, kwargs, batched, StreamNotes({}, {}))
         needs_input = i > self.first or self.h0.requires_grad
-        # Control examples last: who listens within a block keeps theirs, which has a graph, so that its use is noticed.
+        # Control examples last: what a block leaves on itself is theirs, which has a graph, so that its use is noticed.
         told = [
             stream.block(
                 self.parts[i], forward, notes if whole else notes.take(stream.examples), self.leaves, needs_input

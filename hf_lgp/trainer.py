@@ -146,7 +146,9 @@ class LGPTrainer(Trainer):
         skipped = self.accelerator.optimizer_step_was_skipped
         plan = session.plan(self.state.global_step, self.args.gradient_accumulation_steps, skipped)
         examples, size, spliced = self._lgp_count(inputs), entries_of(inputs), session.splices(plan)
-        before, kept = versions_of(inputs), few_of(inputs, examples) if spliced and self._lgp_writes else None
+        before, kept = versions_of(inputs), None
+        if spliced and self._lgp_writes:
+            kept = few_of(inputs, examples_of(inputs))  # all of them
         # Compiled code would not see the splice.
         eager = torch.compiler.set_stance("force_eager") if self._lgp_compiles and spliced else nullcontext()
         failed: str | None = None

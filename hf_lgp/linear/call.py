@@ -72,7 +72,7 @@ class TrunkCall:
 
     def run(self, forward: Callable[..., Any]) -> Any:
         """The trunk's output for all examples, in their own order; :class:`SpliceError` if it cannot be put together from parts."""
-        # Control examples last: who listens within the trunk keeps theirs, which have a graph, so that its use is noticed.
+        # Control examples last: what the trunk leaves on itself is theirs, which has a graph, so that its use is noticed.
         outs = [self._run(forward, *each) for each in [*zip(self.parts, self.told, strict=True)][::-1]][::-1]
         if any((spec, [*map(type, out)]) != (outs[0][1], [*map(type, outs[0][0])]) for out, spec in outs):
             raise SpliceError("its trunk does not return the same for all examples")

@@ -608,6 +608,31 @@ def test_examples_are_counted_as_they_are_prepared(tmp_path: Path) -> None:
     assert trainer._lgp is not None and trainer._lgp.examples == {"exact": 24, "predicted": 24}
 
 
+def test_a_step_that_fails_is_taken_again_with_all_that_its_batch_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of which only a half is left when they are prepared."""
+    sizes: list[int] = []
+
+    class Half(LGPTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {name: value[: len(value) // 2] for name, value in super()._prepare_inputs(inputs).items()}
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(len(inputs["labels"]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def pull(*_: Any) -> Any:
+        raise ValueError("it fails")
+
+    trainer = Half(tiny_vit(torch.float32), arguments(tmp_path, max_steps=1), train_dataset=DATA)
+    begin = trainer._lgp_begin
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_lgp_begin", lambda *a: (begin(*a), patched.setattr(Call, "_pull", pull)))
+        trainer.train()
+    assert sizes[-2:] == [4, 4] and trainer._lgp_steps["exact"] == 1
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_preparing_inputs_draws_is_drawn_once(refused: bool, tmp_path: Path) -> None:
     def run(base: type[Trainer]) -> Trainer:
